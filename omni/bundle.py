@@ -1,0 +1,281 @@
+"""A model with everything it needs, as one directory: the one place where all pieces meet.
+
+model.json  weights.safetensors  vocabulary.json  grammar.json  generation.json  tokenizers/{text,image,audio}/
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from jaxtyping import Float, Int
+
+import omni_tokenizers
+from omni.generate import Engine, PreparedRequest, per_modality, unconditional_shadow, wanted_modalities
+from omni.grammar import Grammar
+from omni.model import Transformer, make_decoder
+from omni.model.files import DESCRIPTION, load_transformer, save_transformer
+from omni.parts import Part, as_part
+from omni.processor import Processor
+from omni.reply import Event, Reply, events, make_replies
+from omni.vocabulary import Vocabulary
+from omni_tokenizers.errors import OmniError, UsageError
+
+Setting = float | Mapping[str, float]
+
+MODELS = Path(__file__).parent / "recipes" / "models"
+_TEXT_ALLOWANCE = 32  # tokens set aside for a text part when the length of a reply is not given
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to answer, and how. Settings left at None are the model's own (`generation.json`).
+
+    Attributes:
+      parts: the prompt: strings, parts, pictures, paths (see `omni.parts.as_part`).
+      want: modalities of the reply's parts, in order; None leaves them to the model.
+      seed: same seed, same reply, whatever else is in the batch.
+      max_tokens: most tokens of the reply; by default what the wanted parts can take, or the rest of the context.
+      temperature, top_k, top_p, guidance: one number, or modality -> number.
+      constrained: whether only well-formed replies can come.
+    """
+
+    parts: Sequence[Part | str]
+    want: Sequence[str] | None = None
+    seed: int = 0
+    max_tokens: int | None = None
+    temperature: Setting | None = None
+    top_k: Setting | None = None
+    top_p: Setting | None = None
+    guidance: Setting | None = None
+    constrained: bool = True
+
+
+_NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 1.0}
+
+
+class Model:
+    """A transformer, its vocabulary, grammar and tokenizers.
+
+    Attributes:
+      transformer: the network.
+      context_length: most tokens of prompt and reply together.
+      generation: default sampling settings, name -> modality -> value.
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        vocabulary: Vocabulary,
+        grammar: Grammar,
+        tokenizers: Mapping[str, omni_tokenizers.Tokenizer],
+        *,
+        context_length: int,
+        generation: Mapping[str, Mapping[str, float]] | None = None,
+    ):
+        if transformer.config.vocabulary_size != vocabulary.size:
+            raise OmniError(
+                f"the transformer has {transformer.config.vocabulary_size} ids, its vocabulary.json {vocabulary.size}"
+            )
+        self.transformer, self.vocabulary, self.grammar = transformer, vocabulary, grammar
+        self.processor = Processor(vocabulary, grammar, tokenizers)
+        self.context_length = context_length
+        self.generation = dict(generation or {})
+        if unknown := set(self.generation) - set(_NEUTRAL):
+            raise OmniError(f"generation.json: unknown setting {sorted(unknown)}; settings are {sorted(_NEUTRAL)}")
+
+    @property
+    def tokenizers(self) -> dict[str, omni_tokenizers.Tokenizer]:
+        """Tokenizer of each modality."""
+        return self.processor.tokenizers
+
+    @property
+    def config(self):
+        """The transformer's configuration."""
+        return self.transformer.config
+
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.engine.decoder))
+        return f"Model({', '.join(self.grammar.modalities)}; {count / 1e6:.1f} million parameters)"
+
+    # Files
+
+    @classmethod
+    def load(cls, directory: epath.PathLike) -> Model:
+        """Reads a directory written by `save`; `OmniError` says what is missing, damaged or does not fit."""
+        directory = epath.Path(directory)
+        transformer, context_length = load_transformer(directory)
+        vocabulary = Vocabulary.from_json(_read_json(directory / "vocabulary.json"))
+        grammar = Grammar(_read_json(directory / "grammar.json"), vocabulary)
+        tokenizers = {
+            modality: omni_tokenizers.load(directory / "tokenizers" / modality)
+            for modality in grammar.modalities
+            if (directory / "tokenizers" / modality).exists()
+        }
+        settings = directory / "generation.json"
+        generation = _read_json(settings) if settings.exists() else None
+        return cls(transformer, vocabulary, grammar, tokenizers, context_length=context_length, generation=generation)
+
+    def save(self, directory: epath.PathLike, *, dtype: str = "float32") -> None:
+        """Writes everything; `dtype` is the type in which weights are stored (float32, float16, bfloat16)."""
+        directory = epath.Path(directory)
+        save_transformer(directory, self.transformer, context_length=self.context_length, dtype=dtype)
+        _write_json(directory / "vocabulary.json", self.vocabulary.to_json())
+        _write_json(directory / "grammar.json", self.grammar.to_json())
+        _write_json(directory / "generation.json", self.generation)
+        for modality, tokenizer in self.tokenizers.items():
+            options = {} if modality == "text" else {"dtype": dtype}
+            tokenizer.save(directory / "tokenizers" / modality, **options)
+
+    # Generation
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """The batched engine over unstacked weights."""
+        return Engine(make_decoder(self.transformer), self.grammar, context=self.context_length)
+
+    def generate(self, parts: Sequence[Part | str], want: Sequence[str] | None = None, **settings) -> Reply:
+        """Answers one prompt; `settings` are the other fields of `Request`.
+
+        Raises:
+          UsageError: for a wrong argument.
+          OmniError: for a prompt that the model cannot read.
+        """
+        return self.generate_batch([Request(parts, want, **settings)])[0]
+
+    def generate_batch(self, requests: Sequence[Request]) -> list[Reply]:
+        """Answers any mix of requests together; replies in their order. Errors as in `generate`."""
+        generated = self.engine.generate(self.prepare(requests))
+        return make_replies(self.processor, [(reply.ids, reply.well_formed) for reply in generated])
+
+    def stream(self, parts: Sequence[Part | str], want: Sequence[str] | None = None, **settings) -> Iterator[Event]:
+        """Answers one prompt as events in order: pieces of text, whole parts, the end. Arguments as in `generate`."""
+        prepared = self.prepare([Request(parts, want, **settings)])
+        hops = self.engine.stream(prepared, hop=4)
+        return events(self.processor, (ids for hop in hops for _, ids in hop))
+
+    def prepare(self, requests: Sequence[Request]) -> list[PreparedRequest]:
+        """Requests as the engine takes them."""
+        documents = [[as_part(part) for part in _listed(request.parts)] for request in requests]
+        spans = self.processor.spans(documents)
+        return [self._prepare(request, self.grammar.prompt(own)) for request, own in zip(requests, spans, strict=True)]
+
+    def _prepare(self, request: Request, ids: Int[np.ndarray, " tokens"]) -> PreparedRequest:
+        grammar = self.grammar
+        settings = {}
+        for name, neutral in _NEUTRAL.items():
+            own = self.generation.get(name, {})
+            chosen = getattr(request, name)
+            if isinstance(chosen, Mapping):
+                chosen = {**own, **chosen}
+            settings[name] = per_modality(grammar, own if chosen is None else chosen, neutral, name)
+        want = wanted_modalities(grammar, request.want)
+        return PreparedRequest(
+            ids=ids,
+            max_tokens=request.max_tokens or self._reply_length(want, len(ids)),
+            temperature=settings["temperature"],
+            top_k=settings["top_k"].astype(np.int32),
+            top_p=settings["top_p"],
+            want=want,
+            seed=request.seed,
+            constrained=request.constrained,
+            shadows=unconditional_shadow(grammar.prompt([]), settings["guidance"]),
+        )
+
+    def _reply_length(self, want: tuple[int, ...] | None, prompt_length: int) -> int:
+        room = self.context_length - prompt_length
+        if room < 1:
+            raise OmniError(
+                f"the prompt has {prompt_length} tokens, the model reads at most {self.context_length} with its reply"
+            )
+        if want is None:
+            return room
+        longest = [_TEXT_ALLOWANCE, *(max(layout.by_length) for layout in self.grammar.layouts.values())]
+        return min(room, sum(longest[modality] for modality in want) + 1)
+
+    # The pieces
+
+    def encode(self, parts: Sequence[Part | str]) -> Int[np.ndarray, " tokens"]:
+        """Ids of a whole document; parts marked `context` come before the turn."""
+        return self.processor.tokens([as_part(part) for part in _listed(parts)]).ids
+
+    def decode(self, ids: Int[np.ndarray, " tokens"]) -> list[Part]:
+        """Parts of a document's ids; `GrammarError` where they are not one."""
+        return self.processor.parts([self.grammar.parse(ids)])[0]
+
+    def logits(self, ids: Int[np.ndarray, "batch length"]) -> Float[np.ndarray, "batch length vocabulary"]:
+        """Float32 logits for the token after each id; every row is one document without padding.
+
+        Raises:
+          UsageError: if `ids` is not a matrix of ids of the vocabulary.
+        """
+        ids = np.asarray(ids)
+        in_range = ids.size == 0 or 0 <= ids.min() <= ids.max() < self.vocabulary.size
+        if ids.ndim != 2 or ids.dtype.kind not in "iu" or not in_range:
+            raise UsageError(f"logits takes integer ids [batch, length] in 0..{self.vocabulary.size - 1}")
+        index = np.arange(ids.shape[1])
+        positions = np.stack([self.grammar.positions(self._states(row), index) for row in ids])
+        return np.asarray(_logits(self.transformer, jnp.asarray(ids, jnp.int32), jnp.asarray(positions)))
+
+    def _states(self, ids: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " tokens"]:
+        """States for positions; ids that are no document (a test, a fragment) count as text."""
+        try:
+            return self.grammar.annotate(ids)
+        except OmniError:
+            return np.full(len(ids), self.grammar.tables.after_text)
+
+
+@nnx.jit
+def _logits(transformer: Transformer, ids, positions):
+    return transformer(ids, positions, None)
+
+
+def load(name: epath.PathLike) -> Model:
+    """Opens a model: the name of one that came with the package, a run, or a directory written by `Model.save`.
+
+    Raises:
+      OmniError: if there is no model of that name, or its files are damaged; says what is missing.
+    """
+    boxed = MODELS / str(name)
+    directory = epath.Path(name)
+    if not directory.exists() and boxed.is_dir():
+        directory = epath.Path(boxed)
+    if not directory.exists():
+        known = ", ".join(sorted(path.name for path in MODELS.glob("*/"))) or "none"
+        raise OmniError(f"{name}: no such directory, nor a model in the box (there is: {known})")
+    if not (directory / DESCRIPTION).exists():
+        raise OmniError(f"{directory}: not a run or a model: it holds no {DESCRIPTION}")
+    return Model.load(directory)
+
+
+def _listed(parts) -> Sequence:
+    if isinstance(parts, (str, bytes)) or not isinstance(parts, Sequence):
+        raise UsageError(f"a prompt is a list of parts, not {type(parts).__name__}: write ['seven']")
+    return parts
+
+
+def _read_json(path: epath.Path) -> dict:
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise OmniError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise OmniError(f"{path}: not JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise OmniError(f"{path}: not a JSON object")
+    return data
+
+
+def _write_json(path: epath.Path, data: dict) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+__all__ = ["Model", "Request", "load"]

@@ -1,0 +1,289 @@
+"""The `omni` command: every verb is a function that hands over to the library, imported when the verb runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omni_tokenizers.errors import OmniError, UsageError
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a verb and exits: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Errors are one line on stderr."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.basicConfig(level=logging.INFO, format="omni: %(message)s", stream=sys.stderr)
+    for noisy in ("absl", "jax", "orbax", "etils", "grain"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    parser = make_parser()
+    options, overrides = parser.parse_known_args(arguments)
+    if overrides and not getattr(options, "takes_overrides", False):
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    try:
+        if getattr(options, "takes_overrides", False):
+            options.run(options, overrides)
+        else:
+            options.run(options)
+    except UsageError as error:
+        _fail(error, EXIT_USAGE)
+    except OmniError as error:
+        _fail(error, EXIT_FAILED)
+    except KeyboardInterrupt as interrupt:
+        _fail(str(interrupt) or "interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(message: object, code: int) -> None:
+    print(f"omni: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs; each verb sets `run`, and `takes_overrides` where configuration keys may follow."""
+    parser = argparse.ArgumentParser(
+        prog="omni", description="One model that reads and writes text, pictures and sound."
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def verb(name: str, run, summary: str, example: str, **options) -> argparse.ArgumentParser:
+        made = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,
+        )
+        made.set_defaults(run=run)
+        return made
+
+    quickstart = verb(
+        "quickstart",
+        run_quickstart,
+        "Make a dataset, train tokenizers and an any-to-any model, measure it and write a report.",
+        "omni quickstart --output runs/quickstart",
+        add_help=False,
+    )
+    quickstart.set_defaults(takes_overrides=True)
+
+    train = verb(
+        "train",
+        run_train,
+        "Run an experiment file; its configuration keys may be overridden (--help after FILE lists them).",
+        "omni train experiments/digits.py --seed 1",
+        add_help=False,
+    )
+    train.add_argument("experiment", nargs="?", metavar="FILE")
+    train.set_defaults(takes_overrides=True)
+
+    generate = verb(
+        "generate",
+        run_generate,
+        "Answer a prompt. Arguments that name a picture or sound file are read as such, others are text.",
+        'omni generate runs/quickstart "seven" --want image,audio --out out/',
+    )
+    generate.add_argument("model", help="a run or an exported directory")
+    generate.add_argument("parts", nargs="+", metavar="PART", help="text, or the path of a picture or sound file")
+    generate.add_argument(
+        "--want", help="modalities of the reply in order, comma-separated; default: the model decides"
+    )
+    generate.add_argument("--out", type=Path, help="directory for the reply's parts")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--max-tokens", type=int, help="most tokens of the reply")
+    for name in ("temperature", "top-k", "top-p", "guidance"):
+        generate.add_argument(f"--{name}", help="a number, or modality=number pairs: image=0.5,audio=0.7")
+    generate.add_argument("--json", action="store_true", help="print the reply's parts as JSON")
+
+    evaluate = verb(
+        "eval",
+        run_eval,
+        "Measure every direction on held-out data; writes evaluation/results.json and report.html into the run.",
+        "omni eval runs/quickstart",
+    )
+    evaluate.add_argument("run_directory", metavar="RUN")
+    evaluate.add_argument("--model", help="measure this model on the run's held-out data instead of the run's own")
+    evaluate.add_argument("--output", type=Path, help="where to write instead of the run itself")
+    evaluate.add_argument("--limit", type=int, help="targets per direction, for a quick look")
+    evaluate.add_argument("--json", action="store_true", help="print the results as JSON")
+
+    export = verb(
+        "export",
+        run_export,
+        "Write a model as one directory: weights, vocabulary, grammar, tokenizers.",
+        "omni export runs/quickstart exported/ --dtype float16",
+    )
+    export.add_argument("model")
+    export.add_argument("directory", type=Path)
+    export.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+
+    tokenizer = verb(
+        "tokenizer", None, "Train, measure and use image, audio and text tokenizers.", "omni tokenizer encode DIR x.png"
+    )
+    _add_tokenizer_verbs(tokenizer)
+
+    inspect = verb(
+        "inspect",
+        run_inspect,
+        "Print a model's parameters, vocabulary, grammar, memory and a sample of its training data.",
+        "omni inspect runs/quickstart",
+    )
+    inspect.add_argument("model")
+    inspect.add_argument("--json", action="store_true")
+
+    doctor = verb(
+        "doctor", run_doctor, "Check the installation and the devices, and say what to install.", "omni doctor"
+    )
+    doctor.add_argument("--json", action="store_true")
+    return parser
+
+
+def _add_tokenizer_verbs(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    train = verbs.add_parser("train", help="run a tokenizer experiment, as omni train does", add_help=False)
+    train.add_argument("experiment", nargs="?", metavar="FILE")
+    train.set_defaults(run=run_train, takes_overrides=True)
+    evaluate = verbs.add_parser("eval", help="measure a tokenizer on files")
+    evaluate.add_argument("directory")
+    evaluate.add_argument("files", nargs="+")
+    evaluate.set_defaults(run=run_tokenizer_eval)
+    encode = verbs.add_parser("encode", help="a text, picture or sound file to codes (JSON on stdout)")
+    encode.add_argument("directory")
+    encode.add_argument("part", help="a file, or text")
+    encode.set_defaults(run=run_tokenizer_encode)
+    decode = verbs.add_parser("decode", help="codes (a JSON file, or - for stdin) to a file")
+    decode.add_argument("directory")
+    decode.add_argument("codes")
+    decode.add_argument("output", help="the file to write")
+    decode.set_defaults(run=run_tokenizer_decode)
+
+
+def run_quickstart(options: argparse.Namespace, overrides: list[str]) -> None:
+    from omni.experiment import override
+    from omni.recipes.digits import DigitsRecipe
+
+    override(DigitsRecipe(), overrides, prog="omni quickstart").run()
+
+
+def run_train(options: argparse.Namespace, overrides: list[str]) -> None:
+    from omni.experiment import load_experiment, override
+
+    if options.experiment is None:
+        raise UsageError("omni train needs an experiment file: omni train experiments/digits.py")
+    config = load_experiment(options.experiment)
+    override(config, overrides, prog=f"omni train {options.experiment}").run()
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    import omni
+
+    model = omni.load(options.model)
+    settings = {
+        name: parse_setting(name, getattr(options, name))
+        for name in ("temperature", "top_k", "top_p", "guidance")
+        if getattr(options, name) is not None
+    }
+    want = [name.strip() for name in options.want.split(",")] if options.want else None
+    parts = [read_argument(argument) for argument in options.parts]
+    reply = model.generate(parts, want=want, seed=options.seed, max_tokens=options.max_tokens, **settings)
+    files = reply.save(options.out) if options.out else []
+    if options.json:
+        described = [{"modality": part.modality, "text": getattr(part, "text", None)} for part in reply.parts]
+        for entry, file in zip(described, files, strict=False):
+            entry["file"] = str(file)
+        print(json.dumps({"parts": described, "well_formed": reply.well_formed, "seed": options.seed}))
+        return
+    for part in reply.parts:
+        print(part.text if part.modality == "text" else part)
+    for file in files:
+        print(f"wrote {file}")
+    if not options.out and any(part.modality != "text" for part in reply.parts):
+        print("pictures and sounds were not written: add --out DIRECTORY", file=sys.stderr)
+
+
+def read_argument(argument: str):
+    """A prompt argument as a part: a file where its ending is one of a picture or sound, else text."""
+    from omni import media, parts
+
+    if Path(argument).suffix.lower() in (*media.PICTURE_EXTENSIONS, *media.SOUND_EXTENSIONS):
+        return parts.read_part(argument)
+    return parts.Text(argument)
+
+
+def parse_setting(name: str, value: str) -> float | dict[str, float]:
+    """'0.5' as a number, 'image=0.5,audio=1' as a dictionary; `UsageError` for anything else."""
+    try:
+        if "=" not in value:
+            return float(value)
+        pairs = (pair.split("=", 1) for pair in value.split(","))
+        return {modality.strip(): float(number) for modality, number in pairs}
+    except ValueError:
+        raise UsageError(f"--{name.replace('_', '-')} {value}: write a number, or modality=number pairs") from None
+
+
+def run_eval(options: argparse.Namespace) -> None:
+    from omni.recipes.digits import evaluate_run
+
+    results = evaluate_run(options.run_directory, options.output, model=options.model, limit=options.limit)
+    if options.json:
+        print(json.dumps(results))
+
+
+def run_export(options: argparse.Namespace) -> None:
+    import omni
+
+    if options.directory.exists() and any(options.directory.iterdir()):
+        raise UsageError(f"{options.directory} is not empty; name a directory that is not there yet")
+    omni.load(options.model).save(options.directory, dtype=options.dtype)
+    size = sum(path.stat().st_size for path in options.directory.rglob("*") if path.is_file())
+    print(f"wrote {options.directory} ({size / 1e6:.2f} MB)")
+
+
+def run_tokenizer_eval(options: argparse.Namespace) -> None:
+    from omni.tokenizer_tools import evaluate_files
+
+    print(json.dumps(evaluate_files(options.directory, options.files), indent=2))
+
+
+def run_tokenizer_encode(options: argparse.Namespace) -> None:
+    from omni.tokenizer_tools import encode_part
+
+    print(json.dumps(encode_part(options.directory, read_argument(options.part))))
+
+
+def run_tokenizer_decode(options: argparse.Namespace) -> None:
+    from omni.tokenizer_tools import decode_to_file
+
+    decode_to_file(options.directory, options.codes, options.output)
+
+
+def run_inspect(options: argparse.Namespace) -> None:
+    from omni.inspection import describe, print_description
+
+    description = describe(options.model)
+    if options.json:
+        print(json.dumps(description))
+    else:
+        print_description(description)
+
+
+def run_doctor(options: argparse.Namespace) -> None:
+    from omni.doctor import check, print_checks
+
+    checks = check()
+    if options.json:
+        print(json.dumps(checks))
+    else:
+        print_checks(checks)
+    if not all(entry["ok"] for entry in checks if entry["required"]):
+        sys.exit(EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Measured cells on disk: an evaluation that was killed and is run again repeats none that was finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from omni.bundle import Model
+
+
+def model_hash(model: Model) -> str:
+    """First 16 hex digits of the SHA-256 over parameters, vocabulary, grammar, tokenizers and sampling settings."""
+    tokenizers = {modality: tokenizer.hash for modality, tokenizer in model.tokenizers.items()}
+    names = [model.vocabulary.hash, model.grammar.hash, tokenizers, model.generation]
+    digest = hashlib.sha256(json.dumps(names, sort_keys=True).encode())
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model.transformer)))
+    for path, leaf in leaves:
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Cells:
+    """Results by name in a directory; one made under another key (model, data, settings) counts as not there."""
+
+    def __init__(self, directory: epath.Path, key: dict[str, Any]):
+        self.directory = directory
+        self.key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def get(self, name: str) -> dict | None:
+        """The result of a finished cell."""
+        try:
+            content = json.loads(self._path(name).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return content["result"] if content.get("key") == self.key else None
+
+    def measure(self, name: str, compute: Callable[[], dict]) -> dict:
+        """The result of a cell, computed and written unless it was before."""
+        result = self.get(name)
+        if result is None:
+            result = plain(compute())
+            write_json(self._path(name), {"key": self.key, "result": result})
+        return result
+
+    def _path(self, name: str) -> epath.Path:
+        return self.directory / f"{name.replace('->', '_to_').replace(' ', '_')}.json"
+
+
+def plain(value: Any) -> Any:
+    """What JSON holds: numpy scalars as numbers, NaN and infinity as null."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: epath.Path, content: Any) -> None:
+    """Writes a JSON file that appears only when it is whole."""
+    partial = path.parent / f"{path.name}.partial"
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)

@@ -1,0 +1,101 @@
+"""The modality matrix: how often what comes out in one modality shows what went in in another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Int
+
+from omni.bundle import Model
+from omni.evaluate.data import EvaluationData, draw_inputs, seed_of
+from omni.evaluate.judges import Judge
+from omni.evaluate.replies import Progress, ask, only_part
+from omni.evaluate.settings import EvaluationSettings
+from omni.parts import Part
+from omni.reply import Reply
+
+
+def wilson_interval(right: int, count: int) -> list[float]:
+    """95 % interval of a share (Wilson 1927): it stays inside [0, 1] and is no point at 0 % or 100 %."""
+    z = 1.959964
+    share, scale = right / count, 1 + z * z / count
+    middle = (share + z * z / (2 * count)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return [max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def measure_direction(
+    model: Model,
+    data: EvaluationData,
+    judges: Mapping[str, Judge],
+    ceiling: float,
+    direction: tuple[str, str],
+    settings: EvaluationSettings,
+    progress: Progress,
+) -> tuple[dict, list[Part], list[Reply], list[Reply]]:
+    """One cross direction: its cell of the matrix, the inputs, the replies to them and to the shuffled inputs."""
+    source, target = direction
+    name = f"{source}->{target}"
+    inputs, labels = draw_inputs(data, source, settings.per_direction, seed_of(settings.seed, name))
+    replies = ask(model, [[part] for part in inputs], [target], settings, name, progress)
+    right = int(np.sum(judged(judges, replies, target) == labels))
+
+    others, true_labels = draw_inputs(data, source, settings.shuffled, seed_of(settings.seed, name, "shuffled"))
+    shown = [others[i] for i in derangement(len(others), seed_of(settings.seed, name, "order"))]
+    shuffled_replies = ask(model, [[part] for part in shown], [target], settings, f"{name} shuffled", progress)
+    cell = {
+        "accuracy": right / len(labels),
+        "ci95": wilson_interval(right, len(labels)),
+        "n": len(labels),
+        "ceiling": ceiling,
+        "shuffled": float(np.mean(judged(judges, shuffled_replies, target) == true_labels)),
+        "shuffled_n": len(true_labels),
+    }
+    return cell, inputs, replies, shuffled_replies
+
+
+def measure_diagonal(
+    model: Model,
+    data: EvaluationData,
+    judges: Mapping[str, Judge],
+    ceiling: float,
+    modality: str,
+    settings: EvaluationSettings,
+) -> tuple[dict, list[Part], list[Part]]:
+    """decode(encode(x)) of every held-out example: its cell of the matrix, the examples and what came of them.
+
+    Pictures and sounds are judged as generated ones are; text must come back as it was, to the last character.
+    """
+    examples = data.test[modality]
+    decoded = [parts[0] for parts in model.processor.parts(model.processor.spans([[part] for part in examples.parts]))]
+    order = derangement(len(examples), seed_of(settings.seed, modality, "diagonal"))
+    if modality == "text":
+        texts, out = np.array([part.text for part in examples.parts]), np.array([part.text for part in decoded])
+        same, shuffled = texts == out, texts[order] == out
+    else:
+        labels, out = np.asarray(examples.labels), judges[modality].labels(decoded)
+        same, shuffled = labels == out, labels[order] == out
+    cell = {
+        "accuracy": float(same.mean()),
+        "ci95": wilson_interval(int(same.sum()), len(same)),
+        "n": len(same),
+        "ceiling": ceiling,
+        "shuffled": float(shuffled.mean()),
+        "shuffled_n": len(shuffled),
+    }
+    return cell, list(examples.parts), decoded
+
+
+def judged(judges: Mapping[str, Judge], replies: list[Reply], target: str) -> Int[np.ndarray, " n"]:
+    """The class that each reply shows if it is one part of the target modality."""
+    return judges[target].labels([only_part(reply, target) for reply in replies])
+
+
+def derangement(count: int, seed: int) -> Int[np.ndarray, " count"]:
+    """A permutation that leaves nothing in its place: one cycle through all places, in random order."""
+    cycle = np.random.default_rng(seed).permutation(count)
+    order = np.empty(count, np.int64)
+    order[cycle] = np.roll(cycle, 1)
+    return order

@@ -1,0 +1,83 @@
+"""The report: one self-contained page that shows what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import jinja2
+from etils import epath
+
+from omni.evaluate import curves as drawing
+
+MODALITIES = ("text", "image", "audio")
+FILE = "report.html"
+NOT_MEASURED = "not measured"
+
+
+def write_report(
+    results: Mapping,
+    samples: Mapping[str, Sequence[Mapping]],
+    curves: Mapping[str, epath.PathLike],
+    directory: epath.PathLike,
+    *,
+    title: str = "Omni",
+    command: str = "",
+) -> epath.Path:
+    """Writes `directory`/report.html, with pictures, sounds and curves inside it; returns its path.
+
+    Args:
+      results: as `evaluate` returned them.
+      samples: as `read_samples` gives them.
+      curves: title -> metrics.jsonl of a training run; what is not there is left out.
+      title: of the page.
+      command: the command that made it.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("omni.evaluate"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "number": number, "duration": duration}
+    charts = [drawing.chart(name, drawing.read_losses(path)) for name, path in curves.items()]
+    page = environment.get_template("report.html.j2").render(
+        title=title,
+        command=command,
+        results=results,
+        matrix=results.get("matrix", {}),
+        samples=samples,
+        charts=[chart for chart in charts if chart],
+        drawing=drawing,
+        modalities=_modalities(results),
+        longest_stage=max(results.get("seconds", {}).values(), default=0),
+    )
+    path = epath.Path(directory) / FILE
+    partial = path.parent / f"{FILE}.partial"
+    partial.write_text(page)
+    return partial.replace(path)
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share as a percentage, without needless zeros; "not measured" where there is none."""
+    if share is None:
+        return NOT_MEASURED
+    text = f"{100 * share:.{digits}f}"
+    return (text.rstrip("0").rstrip(".") if "." in text else text) + "\N{NO-BREAK SPACE}%"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number with fixed digits; "not measured" where there is none."""
+    return NOT_MEASURED if value is None else f"{value:.{digits}f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else (f"{rest} s" if seconds >= 10 else f"{seconds:.1f} s")
+
+
+def _modalities(results: Mapping) -> list[str]:
+    """Text, image and audio, and whatever else was measured."""
+    found = set(results.get("matrix", {}))
+    found |= {target for row in results.get("matrix", {}).values() for target in row}
+    return [*MODALITIES, *sorted(found - set(MODALITIES))]

@@ -1,0 +1,136 @@
+"""What is measured on tokens: bits per token, and the tokenizers on held-out data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from omni.bundle import Model
+from omni.evaluate.data import EvaluationData, draw_inputs, seed_of
+from omni.evaluate.replies import Progress
+from omni.evaluate.settings import EvaluationSettings
+from omni.grammar import ROLES
+from omni.parts import Part
+
+ROWS, STEP = 32, 32  # documents in a batch; their lengths are filled up to a multiple of this
+
+
+def measure_bits(
+    model: Model, data: EvaluationData, direction: tuple[str, str], settings: EvaluationSettings, progress: Progress
+) -> dict:
+    """Bits (-log2 probability) of the true codes, or text tokens, of held-out targets, and the number of these tokens.
+
+    Each target follows a held-out input of its class. Teacher-forced, without temperature, guidance or constraint;
+    boundaries and the end do not count.
+    """
+    documents = list(_documents(model, data, direction, settings))
+    grammar = model.grammar
+    wanted = ROLES.index("text" if direction[1] == "text" else "code")
+    total, count = 0.0, 0
+    text_id = int(grammar.vocabulary.block(grammar.text_block)[0])
+    for ids, lengths, places in _batches(documents, text_id):
+        log_probabilities = _log_softmax(model.logits(ids))[:, :-1]
+        chosen = np.take_along_axis(log_probabilities, ids[:, 1:, None], axis=-1)[..., 0]
+        for row in range(places):
+            own = ids[row, : lengths[row]]
+            counted = grammar.tables.role[grammar.annotate(own)] == wanted
+            counted &= np.arange(len(own)) > int(np.argmax(own == grammar.control["turn"]))
+            total -= float(chosen[row, : len(own) - 1][counted[1:]].sum())
+            count += int(counted[1:].sum())
+        progress(places)
+    return {"bits": total / np.log(2), "tokens": count}
+
+
+def measure_image_tokenizer(model: Model, data: EvaluationData, settings: EvaluationSettings) -> dict:
+    """PSNR (dB) and SSIM of decode(encode(x)), usage and perplexity of the codebook, over held-out pictures."""
+    from omni_tokenizers import image_metrics
+
+    tokenizer = model.tokenizers["image"]
+    size = tokenizer.image_size
+    pixels = np.stack([part.resize_crop(size, size).pixels for part in data.test["image"].parts])
+    codes = tokenizer.encode(pixels)
+    decoded = tokenizer.decode(codes)
+    use = image_metrics.codebook_use(np.asarray(codes), tokenizer.codebook_sizes[0])
+    return {
+        "psnr": float(image_metrics.psnr(pixels, decoded)),
+        "ssim": float(image_metrics.ssim(pixels, decoded)),
+        **use,
+        "n": len(pixels),
+    }
+
+
+def measure_audio_tokenizer(model: Model, data: EvaluationData, settings: EvaluationSettings) -> dict:
+    """Use of the codebooks over all held-out sounds; mel distance and STOI (on clips joined to 3 s) of some of them."""
+    from omni_tokenizers import audio_metrics
+
+    tokenizer = model.tokenizers["audio"]
+    spans = model.processor.spans([[part] for part in data.test["audio"].parts])
+    frames = np.array([own[0].codes.shape[2] for own in spans])
+    codes = np.zeros((len(spans), len(tokenizer.codebook_sizes), frames.max()), np.int32)
+    for row, own in zip(codes, spans, strict=True):
+        row[:, : own[0].codes.shape[2]] = own[0].codes[:, 0]
+    use = audio_metrics.codebook_usage(codes, tuple(tokenizer.codebook_sizes), frames)
+
+    chosen = np.random.default_rng(settings.seed).permutation(len(spans))[: settings.heard]
+    originals = [data.test["audio"].parts[i].mono().resample(tokenizer.sample_rate) for i in chosen]
+    decoded = [own[0] for own in model.processor.parts([spans[i] for i in chosen])]
+    lengths = np.array([part.samples.shape[1] for part in originals])
+    reference, estimate = _padded(originals, lengths), _padded(decoded, lengths)
+    return {
+        "mel_distance": audio_metrics.mel_distance(reference, estimate, tokenizer.sample_rate, lengths),
+        "stoi": audio_metrics.stoi(reference, estimate, tokenizer.sample_rate, lengths),
+        "usage": [book["usage"] for book in use],
+        "perplexity": [book["perplexity"] for book in use],
+        "n": len(chosen),
+    }
+
+
+def _padded(parts: list[Part], lengths: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n samples"]:
+    batch = np.zeros((len(parts), lengths.max()), np.float32)
+    for row, part, length in zip(batch, parts, lengths, strict=True):
+        row[:length] = part.samples[0, :length]
+    return batch
+
+
+def _documents(
+    model: Model, data: EvaluationData, direction: tuple[str, str], settings: EvaluationSettings
+) -> Iterator[Int[np.ndarray, " tokens"]]:
+    """Prompt and target of one class as ids, the end left out."""
+    source, target = direction
+    name = f"bits {source}->{target}"
+    targets, labels = draw_inputs(data, target, settings.documents, seed_of(settings.seed, name))
+    examples = data.test[source]
+    rng = np.random.default_rng(seed_of(settings.seed, name, source))
+    prompts = [examples.parts[rng.choice(np.flatnonzero(examples.labels == label))] for label in labels]
+    spans = model.processor.spans([[*pair] for pair in zip(prompts, targets, strict=True)])
+    for prompt, target_span in spans:
+        yield np.concatenate([model.grammar.prompt([prompt]), model.grammar.span_ids(target_span)])
+
+
+def _batches(
+    documents: list[Int[np.ndarray, " tokens"]], text_id: int
+) -> Iterator[tuple[Int[np.ndarray, "rows length"], Int[np.ndarray, " rows"], int]]:
+    """Documents of like length as matrices of few shapes, their lengths, and how many rows are documents.
+
+    Rows are filled up with text after the document, which a causal model does not see before: logits are exact, each
+    row is a document that the grammar admits, and the model is compiled for few lengths.
+    """
+    lengths = np.array([len(document) for document in documents])
+    rounded = -(-lengths // STEP) * STEP
+    for length in np.unique(rounded):
+        places = np.flatnonzero(rounded == length)
+        for start in range(0, len(places), ROWS):
+            chosen = places[start : start + ROWS]
+            ids = np.full((ROWS, length), text_id, np.int32)
+            for row, place in enumerate(chosen):
+                ids[row, : lengths[place]] = documents[place]
+            ids[len(chosen) :] = ids[0]
+            yield ids, lengths[chosen], len(chosen)
+
+
+def _log_softmax(logits: Float[np.ndarray, "rows length vocabulary"]) -> Float[np.ndarray, "rows length vocabulary"]:
+    logits = np.asarray(logits, np.float32)
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))

@@ -1,0 +1,21 @@
+"""Generation: requests, the grammar's rules as masks, sampling, and the batched engine."""
+
+from omni.generate.engine import Engine
+from omni.generate.requests import (
+    Generated,
+    PreparedRequest,
+    Shadow,
+    per_modality,
+    unconditional_shadow,
+    wanted_modalities,
+)
+
+__all__ = [
+    "Engine",
+    "Generated",
+    "PreparedRequest",
+    "Shadow",
+    "per_modality",
+    "unconditional_shadow",
+    "wanted_modalities",
+]

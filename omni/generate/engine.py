@@ -1,0 +1,201 @@
+"""The host side of generation: batches of any requests, in few shapes, over the compiled loop."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from omni.generate.loop import Settings, State, advance, prefill
+from omni.generate.requests import Generated, PreparedRequest, check_request, useful_shadows
+from omni.generate.rules import make_rules
+from omni.grammar import Grammar
+from omni.model import Decoder
+from omni_tokenizers.errors import UsageError
+
+
+class Engine:
+    """Answers prepared requests, any mix of them in one batch.
+
+    Prompts, replies and batches are padded to few sizes (`bucket`, powers of two), so that few programs are compiled.
+
+    Attributes:
+      counts: how often `prefill` and `advance` were compiled, and the `steps` taken by all batches.
+    """
+
+    def __init__(self, decoder: Decoder, grammar: Grammar, *, context: int | None = None, max_rows: int = 256):
+        """`context`: most tokens of prompt and reply, None for no limit; `max_rows`: most sequences in one batch."""
+        self.decoder, self.grammar, self.rules = decoder, grammar, make_rules(grammar)
+        self.context, self.max_rows = context, max_rows
+        self.counts: Counter[str] = Counter()
+        self._prefill = jax.jit(self._counted(prefill), static_argnames="capacity")
+        self._advance = jax.jit(self._counted(advance), donate_argnames="state")
+
+    def _counted(self, function):
+        """The function, counting its traces: one for each program that is compiled."""
+
+        def traced(*arguments, **named):
+            self.counts[function.__name__] += 1
+            return function(*arguments, **named)
+
+        traced.__signature__ = inspect.signature(function)
+        return traced
+
+    def generate(self, requests: Sequence[PreparedRequest]) -> list[Generated]:
+        """Replies in the order of the requests; as many batches as `max_rows` asks for.
+
+        Raises:
+          UsageError, OmniError: for any request that cannot be answered, before anything runs (see `check_request`).
+        """
+        replies: list[Generated | None] = [None] * len(requests)
+        for batch in self._batches(requests):
+            settings, state = self._start([requests[i] for i in batch])
+            state = self._run(settings, state, n=state.tokens.shape[1], pause=False)
+            self.counts["steps"] += int(state.steps)
+            tokens, counts = np.array(state.tokens), np.array(state.count)
+            whole = ~np.array(state.broken) & (self.grammar.tables.cost[np.array(state.grammar)] == 0)
+            for place, i in enumerate(batch):
+                replies[i] = Generated(tokens[place, : counts[place]], bool(whole[place]))
+        return replies
+
+    def stream(
+        self, requests: Sequence[PreparedRequest], hop: int = 16
+    ) -> Iterator[list[tuple[int, Int[np.ndarray, " tokens"]]]]:
+        """Lists of (request, its new ids): after at most `hop` tokens, and whenever a part has ended.
+
+        Raises:
+          UsageError: also if the requests do not fit one batch.
+        """
+        batches = self._batches(requests)
+        if len(batches) > 1:
+            raise UsageError(f"{len(requests)} requests are more than one batch of {self.max_rows} sequences")
+        for batch in batches:
+            yield from self._stream(batch, *self._start([requests[i] for i in batch]), hop)
+
+    def _stream(self, batch, settings: Settings, state: State, hop: int):
+        seen = np.zeros(len(batch), np.int32)
+        finished = False
+        while not finished:
+            state = self._run(settings, state, n=hop, pause=True)
+            tokens, counts, finished = np.array(state.tokens), np.array(state.count), bool(state.done.all())
+            new = [(i, tokens[place, seen[place] : counts[place]]) for place, i in enumerate(batch)]
+            seen = counts[: len(batch)]
+            yield sorted((increment for increment in new if len(increment[1])), key=lambda increment: increment[0])
+        self.counts["steps"] += int(state.steps)
+
+    def _run(self, settings: Settings, state: State, n: int, pause: bool) -> State:
+        return self._advance(self.decoder, self.rules, settings, state, np.int32(n), np.bool_(pause))
+
+    def _batches(self, requests: Sequence[PreparedRequest]) -> list[list[int]]:
+        """Indices of the requests of each batch; like sizes together, since a batch takes as long as its longest."""
+        for request in requests:
+            check_request(request, self.grammar, self.context)
+
+        def size(i: int) -> tuple[int, int, int]:
+            request = requests[i]
+            wanted = 0 if request.want is None else int(self.grammar.tables.minimum[list(request.want)].sum())
+            return len(useful_shadows(request)), wanted or request.max_tokens, len(request.ids)
+
+        batches: list[list[int]] = []
+        leaders = shadows = 0
+        for i in sorted(range(len(requests)), key=size):
+            leaders, shadows = leaders + 1, shadows + len(useful_shadows(requests[i]))
+            if not batches or power_of_two(leaders) + power_of_two(shadows) > self.max_rows:
+                batches.append([])
+                leaders, shadows = 1, len(useful_shadows(requests[i]))
+            batches[-1].append(i)
+        return batches
+
+    def _start(self, requests: Sequence[PreparedRequest]) -> tuple[Settings, State]:
+        """The batch, padded, with its prompts read."""
+        shadows = [useful_shadows(request) for request in requests]
+        size = power_of_two(len(requests))
+        prompts = [request.ids for request in requests] + [requests[0].ids] * (size - len(requests))
+        leader = list(range(size))
+        most = max(map(len, shadows))
+        shadow_rows = np.tile(np.arange(size, dtype=np.int32)[:, None], most)
+        weight = np.zeros((size, most, self.rules.modalities), np.float32)
+        for request, mine in enumerate(shadows):
+            for place, shadow in enumerate(mine):
+                shadow_rows[request, place], weight[request, place] = len(prompts), shadow.weight
+                prompts.append(shadow.ids)
+                leader.append(request)
+        while len(prompts) - size < power_of_two(len(prompts) - size):
+            prompts.append(requests[0].ids)
+            leader.append(0)
+        state = self._read_prompts(prompts, size, max(request.max_tokens for request in requests))
+        state = replace(state, done=np.arange(size) >= len(requests))
+        return self._settings(requests, size, np.array(leader, np.int32), shadow_rows, weight), state
+
+    def _settings(self, requests, size: int, leader, shadow, weight) -> Settings:
+        """The requests' own settings as arrays; padding repeats the first request."""
+        requests = [*requests, *[requests[0]] * (size - len(requests))]
+        wants = power_of_two(max(8, *(len(request.want or ()) for request in requests)))
+        want = np.full((size, wants + 1), self.rules.end, np.int32)
+        reserve = np.zeros((size, wants + 2), np.int32)
+        for i, request in enumerate(requests):
+            if request.want is not None:
+                want[i, : len(request.want)] = request.want
+                needs = [*self.grammar.tables.minimum[list(request.want)], 1]
+                reserve[i, : len(needs)] = np.cumsum(needs[::-1])[::-1]
+
+        def column(name: str, dtype) -> np.ndarray:
+            return np.array([getattr(request, name) for request in requests], dtype)
+
+        return Settings(
+            leader=leader,
+            shadow=shadow,
+            weight=weight,
+            want=want,
+            reserve=reserve,
+            free=np.array([request.want is None for request in requests]),
+            constrained=column("constrained", bool),
+            limit=column("max_tokens", np.int32),
+            seed=np.array([request.seed % 2**32 for request in requests], np.uint32),
+            temperature=column("temperature", np.float32),
+            top_k=column("top_k", np.int32),
+            top_p=column("top_p", np.float32),
+        )
+
+    def _read_prompts(self, prompts: Sequence[np.ndarray], requests: int, max_tokens: int) -> State:
+        rows, longest = len(prompts), bucket(max(map(len, prompts)))
+        ids = np.full((rows, longest), self.rules.pad, np.int32)
+        positions = np.zeros((rows, longest, 3), np.int32)
+        length = np.array([len(prompt) for prompt in prompts], np.int32)
+        last_state = np.zeros(rows, np.int32)
+        for row, prompt in enumerate(prompts):
+            states = self.grammar.annotate(prompt)
+            ids[row, : len(prompt)] = prompt
+            positions[row, : len(prompt)] = self.grammar.positions(states, np.arange(len(prompt)))
+            last_state[row] = states[-1]
+        # Each token attends to the whole capacity, so that is rounded up more finely than the prompts.
+        capacity = bucket(longest + max_tokens, step=32)
+        cache, logits = self._prefill(self.decoder, ids, positions, length, capacity=capacity)
+        return State(
+            cache=cache,
+            logits=logits,
+            length=length,
+            tokens=np.full((requests, capacity), self.rules.pad, np.int32),
+            count=np.zeros(requests, np.int32),
+            grammar=last_state[:requests],
+            begun=np.zeros(requests, np.int32),
+            done=np.zeros(requests, bool),
+            broken=np.zeros(requests, bool),
+            part_ended=np.zeros((), bool),
+            steps=np.zeros((), np.int32),
+        )
+
+
+def bucket(length: int, step: int = 64) -> int:
+    """The padded length: a multiple of `step` up to 512, then a power of two."""
+    return -(-length // step) * step if length <= 512 else power_of_two(length)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n; 0 for 0."""
+    return 0 if n == 0 else 1 << (n - 1).bit_length()

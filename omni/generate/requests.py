@@ -1,0 +1,161 @@
+"""What is asked of the engine and what it gives back: numpy only, every modality by its index in the grammar."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from omni.grammar import Grammar
+from omni_tokenizers.errors import OmniError, UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class Shadow:
+    """A second prompt that reads every token its request emits, and what its logits weigh in the request's choice.
+
+    Attributes:
+      ids: the prompt, such as `bos, turn`.
+      weight: share of these logits for each modality; the request's own weigh 1 - the sum over its shadows.
+    """
+
+    ids: Int[np.ndarray, " tokens"]
+    weight: Float[np.ndarray, " modalities"]
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedRequest:
+    """A prompt as ids, and how to answer it.
+
+    Attributes:
+      ids: the prompt, `bos, parts, turn`.
+      max_tokens: most tokens of the reply, eos included.
+      temperature: by modality; 0 takes the likeliest token.
+      top_k: by modality; only the k likeliest tokens, 0 for all.
+      top_p: by modality; only the likeliest tokens that together have this probability, 1 for all.
+      want: modality indices of the reply's parts, in order; None leaves them to the model.
+      seed: the key of token i of the reply is fold_in(key(seed), i), whatever else is in the batch.
+      constrained: whether only ids that the grammar admits may come.
+      shadows: classifier-free guidance; see `unconditional_shadow`.
+    """
+
+    ids: Int[np.ndarray, " tokens"]
+    max_tokens: int
+    temperature: Float[np.ndarray, " modalities"]
+    top_k: Int[np.ndarray, " modalities"]
+    top_p: Float[np.ndarray, " modalities"]
+    want: tuple[int, ...] | None = None
+    seed: int = 0
+    constrained: bool = True
+    shadows: tuple[Shadow, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Generated:
+    """A reply.
+
+    Attributes:
+      ids: its tokens, eos included if it came to it.
+      well_formed: whether the grammar admits every token and no span is left open.
+    """
+
+    ids: Int[np.ndarray, " tokens"]
+    well_formed: bool
+
+
+def per_modality(
+    grammar: Grammar, setting: float | Mapping[str, float], default: float, name: str
+) -> Float[np.ndarray, " modalities"]:
+    """A setting as an array by modality; `UsageError` for a modality that the grammar does not have.
+
+    Args:
+      setting: one value for all, or modality -> value, with `default` for the rest.
+      name: of the setting, for messages.
+    """
+    if not isinstance(setting, Mapping):
+        return np.full(len(grammar.modalities), setting, np.float32)
+    for modality in setting:
+        _index(grammar, modality, name)
+    return np.array([setting.get(modality, default) for modality in grammar.modalities], np.float32)
+
+
+def wanted_modalities(grammar: Grammar, want: Sequence[str] | None) -> tuple[int, ...] | None:
+    """Names of modalities as indices; `UsageError` names the nearest known one."""
+    return None if want is None else tuple(_index(grammar, modality, "want") for modality in want)
+
+
+def _index(grammar: Grammar, modality: str, name: str) -> int:
+    if modality not in grammar.modalities:
+        near = difflib.get_close_matches(modality, grammar.modalities, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        known = ", ".join(grammar.modalities)
+        raise UsageError(f"{name}: unknown modality '{modality}'; this model knows {known}{hint}")
+    return grammar.modalities.index(modality)
+
+
+def unconditional_shadow(
+    ids: Int[np.ndarray, " tokens"], guidance: Float[np.ndarray, " modalities"]
+) -> tuple[Shadow, ...]:
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598): unconditional + guidance x (own - that).
+
+    Nothing where the guidance is 1 for every modality.
+    """
+    guidance = np.asarray(guidance, np.float32)
+    return () if (guidance == 1).all() else (Shadow(ids, 1 - guidance),)
+
+
+def useful_shadows(request: PreparedRequest) -> list[Shadow]:
+    """The shadows that weigh something in a modality that the reply may hold."""
+    reachable = slice(None) if request.want is None else sorted({0, *request.want})
+    return [shadow for shadow in request.shadows if np.any(shadow.weight[reachable])]
+
+
+def check_request(request: PreparedRequest, grammar: Grammar, context: int | None) -> None:
+    """Refuses what cannot be answered.
+
+    Raises:
+      UsageError: for settings out of range, and for wanted parts that cannot be or do not fit.
+      OmniError: if prompt and reply together are longer than the model's context.
+    """
+    if request.max_tokens < 1:
+        raise UsageError(f"max_tokens is {request.max_tokens}; it must be at least 1")
+    ranges = (
+        ("temperature", request.temperature, 0, np.inf, "0 or more"),
+        ("top_k", request.top_k, 0, np.inf, "0 (all) or more"),
+        ("top_p", request.top_p, np.finfo(np.float32).tiny, 1, "above 0 and at most 1"),
+    )
+    for name, values, low, high, allowed in ranges:
+        for modality, value in zip(grammar.modalities, values, strict=True):
+            if not low <= value <= high:
+                raise UsageError(f"{name} of {modality} is {value}; it must be {allowed}")
+    for shadow in request.shadows:
+        if not np.isfinite(shadow.weight).all():
+            raise UsageError("guidance must be a finite number")
+    if request.want is not None:
+        _check_want(request, grammar)
+    longest = max(len(prompt.ids) for prompt in (request, *request.shadows))
+    if context is not None and longest + request.max_tokens > context:
+        raise OmniError(
+            f"the prompt has {longest} tokens and the reply may have {request.max_tokens}, but the model reads at most "
+            f"{context}; shorten the prompt or lower max_tokens"
+        )
+
+
+def _check_want(request: PreparedRequest, grammar: Grammar) -> None:
+    want = request.want
+    if not want:
+        raise UsageError("want is empty; name at least one modality, or leave it out")
+    if not request.constrained:
+        raise UsageError("want needs the grammar's constraint; leave want out, or leave constrained on")
+    if not all(0 <= modality < len(grammar.modalities) for modality in want):
+        raise UsageError(f"want: modality indices run from 0 to {len(grammar.modalities) - 1}, not {want}")
+    if any(left == right == 0 for left, right in itertools.pairwise(want)):
+        raise UsageError("want names text twice in a row; two adjacent texts are one")
+    fewest = int(grammar.tables.minimum[list(want)].sum()) + 1
+    if fewest > request.max_tokens:
+        names = ", ".join(grammar.modalities[modality] for modality in want)
+        raise UsageError(f"want: {names} take at least {fewest} tokens, but max_tokens is {request.max_tokens}")

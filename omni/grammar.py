@@ -1,0 +1,222 @@
+"""How a document is written in ids, declared once as data.
+
+From one JSON declaration (see `Grammar`) come the packer (`pack`), the parser (`parse`), the role and the (time, row,
+column) position of each token, and the decoding state machine (`tables`): which ids may follow, what state they lead
+to, and how many tokens an open span still needs. No other file knows what a span looks like.
+
+A document is `bos, context parts, turn, target parts, eos`. The state machine is a trie of all the token runs that the
+layouts allow, over *classes* of ids: ids that no rule tells apart share a class, so its tables stay small whatever the
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from omni.automaton import GrammarTables, compile_tables
+from omni.layout import ROLES, SpanLayout
+from omni.vocabulary import Vocabulary
+from omni_tokenizers.errors import OmniError
+
+__all__ = ["ROLES", "Grammar", "GrammarError", "GrammarTables", "Span", "Tokens"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """The codes of one part: text `[n]`, others `[codebooks, rows, columns]`, int32."""
+
+    modality: str
+    codes: Int[np.ndarray, "*shape"]
+    context: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A document as ids, the grammar state after each, and whether it belongs to what is to be produced."""
+
+    ids: Int[np.ndarray, " tokens"]
+    states: Int[np.ndarray, " tokens"]
+    target: Bool[np.ndarray, " tokens"]
+
+
+class GrammarError(OmniError):
+    """Ids that are not a document. `spans` holds the spans that were whole before the mistake."""
+
+    def __init__(self, message: str, spans: Sequence[Span] = ()):
+        super().__init__(message)
+        self.spans = list(spans)
+
+
+class Grammar:
+    """A declaration compiled against a vocabulary.
+
+    The declaration is a JSON object: `{"format": 1, "control": {"bos", "turn", "eos", "pad": token names},
+    "modalities": {"text": {"block": name}, other: see `omni.layout.SpanLayout`}}`.
+
+    Raises:
+      OmniError: when the declaration is incomplete, names unknown tokens, or two of its rules cannot be told apart.
+    """
+
+    def __init__(self, declaration: dict, vocabulary: Vocabulary):
+        if declaration.get("format") != FORMAT:
+            raise OmniError(
+                f"grammar: format {declaration.get('format')!r} is not {FORMAT}, the one this version reads"
+            )
+        modalities = declaration.get("modalities", {})
+        if "text" not in modalities or set(modalities["text"]) != {"block"}:
+            raise OmniError('grammar: "modalities" needs "text": {"block": name}')
+        if set(declaration.get("control", ())) != {"bos", "turn", "eos", "pad"}:
+            raise OmniError('grammar: "control" must name exactly "bos", "turn", "eos" and "pad"')
+        self.declaration, self.vocabulary = declaration, vocabulary
+        self.modalities = ("text", *(name for name in modalities if name != "text"))
+        self.control = {role: vocabulary.token(name) for role, name in declaration["control"].items()}
+        self.text_block = modalities["text"]["block"]
+        self.layouts = {name: SpanLayout(name, modalities[name], vocabulary) for name in self.modalities[1:]}
+        self._opening = {layout.open: layout for layout in self.layouts.values()}
+        if len(self._opening) != len(self.layouts):
+            raise OmniError("grammar: two modalities open with the same tokens")
+        text_table = vocabulary.block(self.text_block)
+        self.tables = compile_tables(vocabulary.size, text_table, self.control, list(self.layouts.values()))
+
+    def to_json(self) -> dict:
+        """The declaration."""
+        return self.declaration
+
+    @property
+    def hash(self) -> str:
+        """First 16 hex digits of the SHA-256 of the declaration."""
+        return hashlib.sha256(json.dumps(self.declaration, sort_keys=True).encode()).hexdigest()[:16]
+
+    def index(self, modality: str) -> int:
+        """The number of a modality; `OmniError` names the known ones."""
+        if modality not in self.modalities:
+            raise OmniError(f"unknown modality '{modality}'; this model knows {', '.join(self.modalities)}")
+        return self.modalities.index(modality)
+
+    def span_ids(self, span: Span) -> Int[np.ndarray, " tokens"]:
+        """The ids of one span, opening and closing tokens included; `OmniError` for a size or code it cannot hold."""
+        codes = np.asarray(span.codes, np.int32)
+        if span.modality == "text":
+            return self.vocabulary.to_ids(self.text_block, codes)
+        layout = self.layouts[self.modalities[self.index(span.modality)]]
+        if codes.ndim != 3 or codes.shape[0] != len(layout.codebooks):
+            raise OmniError(
+                f"codes of {span.modality} have shape {codes.shape}; the grammar wants "
+                f"[{len(layout.codebooks)}, rows, columns]"
+            )
+        template = layout.template(*codes.shape[1:])
+        per_level = np.stack(
+            [self.vocabulary.to_ids(block, level) for block, level in zip(layout.codebooks, codes, strict=True)]
+        )
+        ids = template.fixed.copy()
+        ids[template.is_code] = per_level[template.places]
+        return ids
+
+    def prompt(self, spans: Sequence[Span]) -> Int[np.ndarray, " tokens"]:
+        """Ids of `bos, spans, turn`: what the model reads before it answers."""
+        pieces = [self.span_ids(span) for span in spans]
+        return np.concatenate([[self.control["bos"]], *pieces, [self.control["turn"]]]).astype(np.int32)
+
+    def pack(self, spans: Sequence[Span]) -> Tokens:
+        """A whole document; spans marked as context come first. `OmniError` if they do not."""
+        contexts = [span.context for span in spans]
+        if contexts != sorted(contexts, reverse=True):
+            raise OmniError("a document's context parts come before its target parts")
+        prompt = self.prompt([span for span in spans if span.context])
+        targets = [self.span_ids(span) for span in spans if not span.context]
+        ids = np.concatenate([prompt, *targets, [self.control["eos"]]]).astype(np.int32)
+        return Tokens(ids, self.annotate(ids), np.arange(len(ids)) >= len(prompt))
+
+    def annotate(self, ids: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " tokens"]:
+        """The state after each id; `GrammarError` at the first id that may not stand where it stands."""
+        tables = self.tables
+        classes = tables.class_of[np.asarray(ids, np.int32)].tolist()
+        if not classes or classes[0] != tables.bos_class:
+            raise GrammarError("a document begins with bos")
+        states, state = [tables.start], tables.start
+        for index, symbol in enumerate(classes[1:], start=1):
+            state = int(tables.next_state[state, symbol])
+            if state < 0:
+                raise GrammarError(f"token {index} (id {int(ids[index])}) may not stand there")
+            states.append(state)
+        return np.array(states, np.int32)
+
+    def positions(
+        self, states: Int[np.ndarray, " tokens"], index: Int[np.ndarray, " tokens"]
+    ) -> Int[np.ndarray, "tokens 3"]:
+        """(time, row, column) of tokens at `index`.
+
+        Time is the index itself. A code in a grid counts rows and columns from the index at which its span opened; any
+        other token has its index in all three. After Qwen2-VL's M-RoPE (https://arxiv.org/abs/2409.12191), which holds
+        time still inside a picture: here it runs on, so that one-dimensional positions are the first coordinate alone.
+        """
+        tables = self.tables
+        in_grid, opened = tables.row[states] >= 0, index - tables.offset[states]
+        row = np.where(in_grid, opened + tables.row[states], index)
+        column = np.where(in_grid, opened + np.maximum(tables.column[states], 0), index)
+        return np.stack([index, row, column], axis=-1).astype(np.int32)
+
+    def parse(self, ids: Int[np.ndarray, " tokens"]) -> list[Span]:
+        """The spans of a document (or of one that has not ended yet, if no span is left open).
+
+        Reads the declaration, not the compiled tables, so that each checks the other.
+
+        Raises:
+          GrammarError: with the place and the reason, and the spans read until there.
+        """
+        ids = np.asarray(ids, np.int32)
+        if not ids.size or ids[0] != self.control["bos"]:
+            raise GrammarError("a document begins with bos")
+        spans: list[Span] = []
+        context, place = True, 1
+        while place < len(ids):
+            token = int(ids[place])
+            if token == self.control["eos"]:
+                if place + 1 < len(ids):
+                    raise GrammarError(f"token {place + 1}: something follows the end of the document", spans)
+                break
+            if token == self.control["turn"]:
+                if not context:
+                    raise GrammarError(f"token {place}: a second turn", spans)
+                context, place = False, place + 1
+                continue
+            span, place = self._parse_span(ids, place, context, spans)
+            spans.append(span)
+        return spans
+
+    def _parse_span(self, ids, place: int, context: bool, spans: list[Span]) -> tuple[Span, int]:
+        text = self.vocabulary.to_codes(self.text_block, ids[place:])
+        run = int(np.argmax(text < 0)) if (text < 0).any() else len(text)
+        if run:
+            return Span("text", text[:run], context), place + run
+        for opening, layout in self._opening.items():
+            if tuple(ids[place : place + len(opening)].tolist()) == opening:
+                return self._parse_codes(layout, ids, place, context, spans)
+        raise GrammarError(f"token {place} (id {int(ids[place])}) neither begins nor belongs to a part", spans)
+
+    def _parse_codes(self, layout: SpanLayout, ids, place: int, context: bool, spans) -> tuple[Span, int]:
+        for length, shapes in sorted(layout.by_length.items()):
+            run = ids[place : place + length]
+            if len(run) < length or tuple(run[-len(layout.close) :].tolist()) != layout.close:
+                continue
+            for shape in shapes:
+                template = layout.template(shape.rows, shape.columns)
+                if not np.array_equal(run[~template.is_code], template.fixed[~template.is_code]):
+                    continue
+                codes = np.full((len(layout.codebooks), shape.rows, shape.columns), -1, np.int32)
+                found = run[template.is_code]
+                per_level = np.stack([self.vocabulary.to_codes(block, found) for block in layout.codebooks])
+                codes[template.places] = per_level[template.places[0], np.arange(len(found))]
+                if codes.min() >= 0:
+                    return Span(layout.name, codes, context), place + length
+        raise GrammarError(
+            f"token {place}: {layout.name} opens but is not closed with a size it may have ({layout.sizes()})", spans
+        )

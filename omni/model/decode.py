@@ -1,0 +1,86 @@
+"""Cached decoding over unstacked weights.
+
+A scan over stacked weights copies each layer's slice for every token; here each layer's weights stand alone.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from omni.model.attention import Cache, Heads, KeyValueHeads, Mask, attend_slots, slot_mask, write_cache
+from omni.model.config import TransformerConfig
+from omni.model.positions import rotation
+from omni.model.transformer import Transformer, Weights, block, embed, project
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Decoder:
+    """A transformer's weights for decoding: a pytree of arrays, with its configuration as static data."""
+
+    config: TransformerConfig = field(metadata={"static": True})
+    embedding: Float[Array, "vocabulary dim"]
+    layers: list[Weights]
+    norm: Float[Array, " dim"]
+    head: Float[Array, "vocabulary dim"]
+
+
+def make_decoder(model: Transformer) -> Decoder:
+    """Unstack the weights, cast to the compute type once; norms stay float32."""
+    config = model.config
+    head = model.output_weights().astype(config.compute_dtype)
+    embedding = head if config.tied_embeddings else model.embedding[...].astype(config.compute_dtype)
+    stacked = {
+        name: weight if "norm" in name else weight.astype(config.compute_dtype)
+        for name, weight in model.blocks.weights().items()
+    }
+    layers = [{name: weight[layer] for name, weight in stacked.items()} for layer in range(config.depth)]
+    return Decoder(config, embedding, layers, model.norm[...], head)
+
+
+def init_cache(config: TransformerConfig, rows: int, capacity: int, dtype: DTypeLike | None = None) -> list[Cache]:
+    """An empty cache: per layer, keys and values of zeros [rows, key_value_heads, capacity, head_dim].
+
+    `dtype` is the compute type unless given.
+    """
+    shape = (rows, config.key_value_heads, capacity, config.head_dim)
+    return [tuple(jnp.zeros(shape, dtype or config.compute_dtype) for _ in range(2)) for _ in range(config.depth)]
+
+
+def apply_decoder(
+    decoder: Decoder,
+    ids: Int[Array, "rows length"],
+    positions: Int[Array, "rows length 3"],
+    slots: Int[Array, " rows"],
+    cache: list[Cache],
+    last: Int[Array, " rows"] | None = None,
+) -> tuple[Float[Array, "rows length_or_1 vocabulary"], list[Cache]]:
+    """Logits, float32, for the token after each of `ids`, and the cache with these tokens in it.
+
+    Token i of row r goes to slot slots[r] + i and sees slots 0 .. slots[r] + i. A right-padded prompt is a call with
+    slots 0: what padding leaves in the cache lies in later slots, which later tokens overwrite before they see them.
+    With `last`, logits only for token last[r] of each row: [rows, 1, vocabulary].
+    """
+    config = decoder.config
+    by = rotation(config, positions)
+    slots = slots[:, None] + jnp.arange(ids.shape[1])
+    mask = slot_mask(slots, cache[0][0].shape[2])
+    x = embed(config, decoder.embedding, ids)
+    new_cache = []
+    for weights, layer_cache in zip(decoder.layers, cache, strict=True):
+        x, layer_cache = block(config, weights, x, by, partial(attend_cache, layer_cache, slots, mask))
+        new_cache.append(layer_cache)
+    if last is not None:
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+    return project(config, x, decoder.norm, decoder.head), new_cache
+
+
+def attend_cache(
+    cache: Cache, slots: Int[Array, "rows length"], mask: Mask, query: Heads, key: KeyValueHeads, value: KeyValueHeads
+) -> tuple[Heads, Cache]:
+    """Write keys and values into their slots, then attend to all slots that the mask shows."""
+    cache = write_cache(cache, key, value, slots)
+    return attend_slots(query, cache, mask), cache

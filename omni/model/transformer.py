@@ -1,0 +1,211 @@
+"""A decoder-only transformer: stacked parameters, and one block as a function of one layer's weights."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from omni.model.attention import Heads, KeyValueHeads, attend, segment_mask
+from omni.model.config import TransformerConfig
+from omni.model.positions import Rotation, rotate, rotation
+from omni.sharding import constrain
+
+Stream = Float[Array, "batch length dim"]
+Weights = dict[str, Array]
+# (query, key, value) -> what the queries read, and the cache after it (None where there is none).
+Attend = Callable[[Heads, KeyValueHeads, KeyValueHeads], tuple[Heads, Any]]
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+}
+
+
+class Blocks(nnx.Module):
+    """The parameters of all blocks, each stacked over layers: [depth, ...]."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        dim, heads, groups, head_dim = config.dim, config.heads, config.key_value_heads, config.head_dim
+
+        def matrix(axes: str, *shape: int, deviation: float) -> nnx.Param:
+            value = jax.nn.initializers.truncated_normal(deviation)(rngs.params(), (config.depth, *shape))
+            return nnx.Param(value, axes=("layers", *axes.split()))
+
+        def vector(fill: float, axis: str, size: int) -> nnx.Param:
+            return nnx.Param(jnp.full((config.depth, size), fill, jnp.float32), axes=("layers", axis))
+
+        # The depth of the sum that ends in the residual stream: two branches a block (GPT-2's scaled initialisation).
+        shrink = 1 / math.sqrt(2 * config.depth)
+        self.attention_norm = vector(1.0, "embed", dim)
+        self.query = matrix("embed heads head_dim", dim, heads, head_dim, deviation=dim**-0.5)
+        self.key = matrix("embed key_value_heads head_dim", dim, groups, head_dim, deviation=dim**-0.5)
+        self.value = matrix("embed key_value_heads head_dim", dim, groups, head_dim, deviation=dim**-0.5)
+        self.output = matrix(
+            "heads head_dim embed", heads, head_dim, dim, deviation=shrink * (heads * head_dim) ** -0.5
+        )
+        if config.qk_norm != "none":
+            self.query_norm = vector(1.0, "head_dim", head_dim)
+            self.key_norm = vector(1.0, "head_dim", head_dim)
+        if config.qk_norm == "layer":
+            self.query_norm_bias = vector(0.0, "head_dim", head_dim)
+            self.key_norm_bias = vector(0.0, "head_dim", head_dim)
+        self.mlp_norm = vector(1.0, "embed", dim)
+        self.gate = matrix("embed mlp", dim, config.mlp_dim, deviation=dim**-0.5)
+        self.up = matrix("embed mlp", dim, config.mlp_dim, deviation=dim**-0.5)
+        self.down = matrix("mlp embed", config.mlp_dim, dim, deviation=shrink * config.mlp_dim**-0.5)
+
+    def weights(self) -> Weights:
+        """The arrays by name, every one [depth, ...]."""
+        return {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Param)}
+
+
+class Transformer(nnx.Module):
+    """Tokens to logits; blocks are scanned over stacked parameters (Llama-shaped: Touvron et al. 2023).
+
+    Every parameter is a float32 nnx.Param whose metadata `axes` names its logical axes, for the sharding rules.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        draw = jax.nn.initializers.truncated_normal(config.dim**-0.5)
+        shape = (config.vocabulary_size, config.dim)
+        self.embedding = nnx.Param(draw(rngs.params(), shape), axes=("vocabulary", "embed"))
+        self.blocks = Blocks(config, rngs=rngs)
+        self.norm = nnx.Param(jnp.ones(config.dim), axes=("embed",))
+        if not config.tied_embeddings:
+            self.head = nnx.Param(draw(rngs.params(), shape), axes=("vocabulary", "embed"))
+
+    def __call__(
+        self,
+        ids: Int[Array, "batch length"],
+        positions: Int[Array, "batch length 3"],
+        segments: Int[Array, "batch length"] | None,
+        *,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "batch length vocabulary"]:
+        """Logits, float32, for the token after each; each sees its own segment up to itself (0 is padding).
+
+        Without `dropout_key` nothing is dropped.
+        """
+        config = self.config
+        by = rotation(config, positions)
+        mask = segment_mask(ids.shape[1], segments)
+        keys = None
+        if config.dropout and dropout_key is not None:
+            embedding_key, *keys = jax.random.split(dropout_key, 1 + config.depth)
+        x = embed(config, self.embedding[...], ids)
+
+        def step(x: Stream, layer: tuple[Weights, PRNGKeyArray | None]) -> tuple[Stream, None]:
+            weights, key = layer
+            return block(config, weights, x, by, lambda q, k, v: (attend(q, k, v, mask), None), key)
+
+        if keys is not None:
+            x = dropout(x, config.dropout, embedding_key)
+            keys = jnp.stack(keys)
+        if config.remat != "none":
+            # A scan's body is compiled once, so common subexpressions cannot undo the recomputation.
+            step = jax.checkpoint(step, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+        x, _ = jax.lax.scan(step, x, (self.blocks.weights(), keys))
+        return project(config, x, self.norm[...], self.output_weights())
+
+    def output_weights(self) -> Float[Array, "vocabulary dim"]:
+        """The output head: the embedding where tied."""
+        return self.embedding[...] if self.config.tied_embeddings else self.head[...]
+
+
+def embed(
+    config: TransformerConfig, embedding: Float[Array, "vocabulary dim"], ids: Int[Array, "batch length"]
+) -> Stream:
+    """The residual stream's start, in the compute type."""
+    rows = constrain(embedding, "vocabulary", None)[ids]
+    return constrain(rows.astype(config.compute_dtype), "batch", "length", None)
+
+
+def project(
+    config: TransformerConfig, x: Stream, scale: Float[Array, " dim"], head: Float[Array, "vocabulary dim"]
+) -> Float[Array, "batch length vocabulary"]:
+    """Final norm and output head; float32."""
+    x = rms_norm(x, scale, config.norm_epsilon)
+    logits = jnp.einsum("bld,vd->blv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+    return constrain(logits, "batch", "length", "vocabulary")
+
+
+def block(
+    config: TransformerConfig,
+    weights: Weights,
+    x: Stream,
+    by: Rotation,
+    attend: Attend,
+    key: PRNGKeyArray | None = None,
+) -> tuple[Stream, Any]:
+    """The stream after one block, and the cache after its `attend`: attention, then a SwiGLU, each added to the stream.
+
+    Norm before the branch, or after it (Swin v2, Liu et al. 2021, arXiv:2111.09883; Chameleon 34B, arXiv:2405.09818).
+    """
+    keys = (None, None) if key is None else jax.random.split(key)
+
+    def add(x: Stream, scale: Array, branch: Callable, key: PRNGKeyArray | None) -> tuple[Stream, Any]:
+        norm = partial(rms_norm, scale=scale, epsilon=config.norm_epsilon)
+        if config.norm_order == "pre":
+            change, cache = branch(norm(x))
+        else:
+            change, cache = branch(x)
+            change = norm(change)
+        return constrain(x + dropout(change, config.dropout, key), "batch", "length", None), cache
+
+    x, cache = add(x, weights["attention_norm"], partial(attention, config, weights, by=by, attend=attend), keys[0])
+    x, _ = add(x, weights["mlp_norm"], lambda x: (mlp(weights, x), None), keys[1])
+    return x, cache
+
+
+def attention(
+    config: TransformerConfig, weights: Weights, x: Stream, by: Rotation, attend: Attend
+) -> tuple[Stream, Any]:
+    """Project to heads, normalise queries and keys (arXiv:2010.04245), rotate, attend, project back."""
+    query, key, value = (
+        jnp.einsum("bld,dhk->blhk", x, weights[name].astype(x.dtype)) for name in ("query", "key", "value")
+    )
+    query = rotate(head_norm(config, query, weights, "query_norm"), by)
+    key = rotate(head_norm(config, key, weights, "key_norm"), by)
+    read, cache = attend(query, key, value)
+    read = checkpoint_name(read, "attention")
+    return jnp.einsum("blhk,hkd->bld", read, weights["output"].astype(x.dtype)), cache
+
+
+def mlp(weights: Weights, x: Stream) -> Stream:
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+    gate, up, down = (weights[name].astype(x.dtype) for name in ("gate", "up", "down"))
+    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+def head_norm(config: TransformerConfig, x: Heads, weights: Weights, name: str) -> Heads:
+    """QK-norm over head_dim: none, RMS, or LayerNorm with bias (one epsilon for all norms)."""
+    if config.qk_norm == "none":
+        return x
+    if config.qk_norm == "rms":
+        return rms_norm(x, weights[name], config.norm_epsilon)
+    centred = x.astype(jnp.float32)
+    centred -= jnp.mean(centred, axis=-1, keepdims=True)
+    return (rms_norm(centred, weights[name], config.norm_epsilon) + weights[name + "_bias"]).astype(x.dtype)
+
+
+def rms_norm(x: Float[Array, "*batch dim"], scale: Float[Array, " dim"], epsilon: float) -> Float[Array, "*batch dim"]:
+    """Root-mean-square norm over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467), computed in float32."""
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean_square + epsilon) * scale).astype(x.dtype)
+
+
+def dropout(x: Stream, rate: float, key: PRNGKeyArray | None) -> Stream:
+    """Zero a share `rate` of the features and scale the rest up; without a key, the input itself."""
+    if key is None or not rate:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)

@@ -1,0 +1,140 @@
+"""Between parts and ids: every part goes through the tokenizer of its modality and the layout of the grammar."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from omni.grammar import Grammar, Span, Tokens
+from omni.parts import Audio, Image, Part, Text
+from omni.vocabulary import Vocabulary
+from omni_tokenizers.codes import Codes
+from omni_tokenizers.errors import OmniError
+
+_BATCH = 256  # pictures or sounds that go through a tokenizer together
+
+
+class Processor:
+    """Turns documents of parts into ids and back.
+
+    Raises:
+      OmniError: if a tokenizer's codebooks are larger than the blocks that the grammar gives them.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, grammar: Grammar, tokenizers: Mapping[str, Any]):
+        self.vocabulary, self.grammar, self.tokenizers = vocabulary, grammar, dict(tokenizers)
+        for modality, layout in grammar.layouts.items():
+            if modality in self.tokenizers:
+                sizes = tuple(self.tokenizers[modality].codebook_sizes)
+                blocks = tuple(len(table) for table in layout.tables)
+                if sizes != blocks:
+                    raise OmniError(f"the {modality} tokenizer has codebooks {sizes}, the vocabulary blocks {blocks}")
+
+    def tokenizer(self, modality: str):
+        """The tokenizer of a modality; `OmniError` if the model came without it."""
+        self.grammar.index(modality)
+        if modality not in self.tokenizers:
+            raise OmniError(
+                f"this model came without its {modality} tokenizer: add the directory tokenizers/{modality}"
+            )
+        return self.tokenizers[modality]
+
+    # Parts to ids
+
+    def spans(self, documents: Sequence[Sequence[Part]]) -> list[list[Span]]:
+        """Codes of the parts of several documents; pictures and sounds of all of them are tokenized together."""
+        flat = [part for document in documents for part in document]
+        spans: list[Span | None] = [None] * len(flat)
+        encoders = {
+            "text": self._encode_text,
+            "image": self._encode_images,
+            "audio": self._encode_audio,
+        }
+        for modality, encode in encoders.items():
+            places = [i for i, part in enumerate(flat) if part.modality == modality]
+            for start in range(0, len(places), _BATCH):
+                chunk = places[start : start + _BATCH]
+                for place, codes in zip(chunk, encode([flat[i] for i in chunk]), strict=True):
+                    spans[place] = Span(modality, codes, flat[place].context)
+        iterator = iter(spans)
+        return [[next(iterator) for _ in document] for document in documents]
+
+    def prompt(self, parts: Sequence[Part]) -> Int[np.ndarray, " tokens"]:
+        """`bos, parts, turn`: ids that the model reads before it answers."""
+        return self.grammar.prompt(self.spans([parts])[0])
+
+    def tokens(self, parts: Sequence[Part]) -> Tokens:
+        """A whole document; parts marked `context` come before `turn`."""
+        return self.grammar.pack(self.spans([parts])[0])
+
+    def _encode_text(self, parts: Sequence[Text]) -> list[Int[np.ndarray, " tokens"]]:
+        tokenizer = self.tokenizer("text")
+        return [np.asarray(tokenizer.encode(part.text), np.int32) for part in parts]
+
+    def _encode_images(self, parts: Sequence[Image]) -> list[Int[np.ndarray, "1 rows columns"]]:
+        tokenizer = self.tokenizer("image")
+        size = tokenizer.image_size
+        pixels = np.stack([part.resize_crop(size, size).pixels for part in parts])
+        return list(np.asarray(tokenizer.encode(pixels))[:, None])
+
+    def _encode_audio(self, parts: Sequence[Audio]) -> list[Int[np.ndarray, "codebooks 1 frames"]]:
+        tokenizer = self.tokenizer("audio")
+        step, longest = tokenizer.samples_per_frame, max(c for _, c in self.grammar.layouts["audio"].shapes)
+        clips = []
+        for part in parts:
+            if part.seconds > longest * step / tokenizer.sample_rate:
+                limit = longest * step / tokenizer.sample_rate
+                raise OmniError(f"a sound of {part.seconds:.2f} s is too long: this model takes at most {limit:.2f} s")
+            clips.append(part.mono().resample(tokenizer.sample_rate).samples[0][: longest * step])
+        lengths = np.array([len(clip) for clip in clips])
+        batch = np.zeros((len(clips), 1, lengths.max()), np.float32)
+        for row, clip in zip(batch, clips, strict=True):
+            row[0, : len(clip)] = clip
+        codes = np.asarray(tokenizer.encode(batch, lengths=lengths))
+        frames = -(-lengths // step)
+        return [item[:, None, :n] for item, n in zip(codes, frames, strict=True)]
+
+    # Ids to parts
+
+    def parts(self, documents: Sequence[Sequence[Span]]) -> list[list[Part]]:
+        """Parts of the spans of several documents; pictures and sounds of all of them are decoded together."""
+        flat = [span for document in documents for span in document]
+        parts: list[Part | None] = [None] * len(flat)
+        decoders = {
+            "text": self._decode_text,
+            "image": self._decode_images,
+            "audio": self._decode_audio,
+        }
+        for modality, decode in decoders.items():
+            places = [i for i, span in enumerate(flat) if span.modality == modality]
+            for start in range(0, len(places), _BATCH):
+                chunk = places[start : start + _BATCH]
+                for place, part in zip(chunk, decode([flat[i] for i in chunk]), strict=True):
+                    parts[place] = part
+        iterator = iter(parts)
+        return [[next(iterator) for _ in document] for document in documents]
+
+    def _decode_text(self, spans: Sequence[Span]) -> list[Text]:
+        tokenizer = self.tokenizer("text")
+        return [Text(tokenizer.decode(span.codes), context=span.context) for span in spans]
+
+    def _decode_images(self, spans: Sequence[Span]) -> list[Image]:
+        tokenizer = self.tokenizer("image")
+        pixels = tokenizer.decode(np.stack([span.codes[0] for span in spans]))
+        return [Image(picture, context=span.context) for picture, span in zip(pixels, spans, strict=True)]
+
+    def _decode_audio(self, spans: Sequence[Span]) -> list[Audio]:
+        tokenizer = self.tokenizer("audio")
+        frames = np.array([span.codes.shape[2] for span in spans])
+        ids = np.zeros((len(spans), spans[0].codes.shape[0], frames.max()), np.int32)
+        for row, span in zip(ids, spans, strict=True):
+            row[:, : span.codes.shape[2]] = span.codes[:, 0]
+        lengths = frames * tokenizer.samples_per_frame
+        samples = tokenizer.decode(Codes(ids, lengths))
+        return [
+            Audio(clip[:, :length], tokenizer.sample_rate, context=span.context)
+            for clip, length, span in zip(samples, lengths, spans, strict=True)
+        ]

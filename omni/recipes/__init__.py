@@ -1,0 +1,1 @@
+"""What quickstart runs: the digits recipe."""

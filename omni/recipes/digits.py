@@ -1,0 +1,281 @@
+"""The digits recipe: from nothing to a measured any-to-any model of spoken handwritten digits, in stages.
+
+Each stage is done once: it leaves a mark in `stages/`, and a stage that was interrupted goes on from its last
+checkpoint. `omni quickstart` runs it as it stands here; `experiments/digits.py` gives it more steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from etils import epath
+
+import omni_tokenizers
+from omni.bundle import load
+from omni.evaluate import EvaluationSettings, evaluate, read_samples, write_report
+from omni.model import TransformerConfig
+from omni.recipes import digits_data
+from omni.recipes.digits_documents import training_text
+from omni.recipes.digits_evaluation import evaluation_data
+from omni.recipes.digits_tasks import DigitScansTask, SpokenDigitsTask
+from omni.recipes.digits_tokens import make_grammar, make_pools, write_documents
+from omni.train.language import TransformerTask
+from omni.train.loop import TrainConfig, train
+from omni.train.optimizer import OptimizerConfig
+from omni.train.run_directory import CONFIG, claim, read_json, to_json, write_json
+from omni.train.task import Task
+from omni_tokenizers import TextTokenizer
+from omni_tokenizers.audio import AudioTokenizerConfig
+from omni_tokenizers.base import config_from_dict
+from omni_tokenizers.errors import OmniError
+from omni_tokenizers.image import ImageTokenizerConfig
+
+logger = logging.getLogger(__name__)
+
+STAGES = (
+    "data",
+    "text_tokenizer",
+    "image_tokenizer",
+    "audio_tokenizer",
+    "tokens",
+    "transformer",
+    "evaluation",
+)
+
+
+@dataclass(frozen=True)
+class TrainingLength:
+    """How long something is trained, and how fast it learns."""
+
+    steps: int
+    """Training steps."""
+    batch_size: int
+    """Examples in a step."""
+    learning_rate: float
+    """Highest learning rate."""
+    warmup_steps: int = 100
+    """Steps until the highest learning rate."""
+    weight_decay: float = 0.0
+    """AdamW's decay of matrices."""
+    ema_decay: float = 0.99
+    """Decay of the parameters' running mean, which is what is used in the end."""
+
+    def config(self, output: epath.Path, task: Task, seed: int, checkpoint_every: int) -> TrainConfig:
+        """The training run in full."""
+        optimizer = OptimizerConfig(
+            learning_rate=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            weight_decay=self.weight_decay,
+            ema_decay=self.ema_decay,
+        )
+        return TrainConfig(
+            str(output),
+            task,
+            self.steps,
+            self.batch_size,
+            seed,
+            checkpoint_every=checkpoint_every,
+            optimizer=optimizer,
+        )
+
+
+@dataclass(frozen=True)
+class DigitsRecipe:
+    """Spoken handwritten digits, any to any."""
+
+    output: str = "runs/quickstart"
+    """Directory of the run."""
+    seed: int = 0
+    """Seed of everything: splits, parameters, orders, replies."""
+    text_vocabulary: int = 320
+    """Most pieces of the text tokenizer, 256 bytes among them."""
+    image: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
+    """The image tokenizer."""
+    image_training: TrainingLength = TrainingLength(steps=800, batch_size=64, learning_rate=2e-3)
+    """Its training."""
+    audio: AudioTokenizerConfig = field(default_factory=AudioTokenizerConfig)
+    """The audio codec."""
+    audio_training: TrainingLength = TrainingLength(steps=800, batch_size=32, learning_rate=2e-3)
+    """Its training."""
+    image_variants: int = 8
+    """Augmentations of each training scan among the documents."""
+    documents: int = 60_000
+    """Documents to draw; training goes through them more than once if it is long."""
+    transformer: TransformerConfig = field(default_factory=lambda: TransformerConfig(remat="attention"))
+    """The transformer; its vocabulary size is set by the tokenizers."""
+    row_length: int = 256
+    """Tokens of a packed row, and of the model's context."""
+    transformer_training: TrainingLength = TrainingLength(
+        steps=700, batch_size=16, learning_rate=2e-3, weight_decay=0.1, ema_decay=0.99
+    )
+    """Its training."""
+    loss_weights: dict[str, float] = field(default_factory=lambda: {"text": 3.0})
+    """What a token of each modality weighs."""
+    context_weight: float = 0.1
+    """What a token of a context part weighs beside one of a target part."""
+    guidance: float = 3.0
+    """Guidance of pictures and sounds unless a request says otherwise."""
+    temperature: float = 0.5
+    """Temperature of pictures and sounds unless a request says otherwise; text is the likeliest."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints of every training."""
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    """What is measured."""
+
+    def run(self) -> None:
+        """Runs every stage that is not done yet."""
+        output = epath.Path(self.output)
+        claim(output, to_json(self))
+        stages = Stages(output)
+        for place, (name, step) in enumerate(self._stages(output).items(), start=1):
+            stages.run(name, step, f"stage {place} of {len(STAGES)}")
+        print_next_steps(output)
+
+    def _stages(self, output: epath.Path) -> dict[str, Callable[[], None]]:
+        data, training = str(output / "data"), output / "training"
+
+        def tokenizer(modality: str):
+            return omni_tokenizers.load(output / "tokenizers" / modality)
+
+        def make_data() -> None:
+            digits_data.prepare(data, self.seed)
+
+        def train_text() -> None:
+            TextTokenizer.train(training_text(), self.text_vocabulary).save(output / "tokenizers" / "text")
+
+        def train_image() -> None:
+            task = DigitScansTask(data, self.image)
+            train(self.image_training.config(training / "image", task, self.seed, self.checkpoint_every))
+            omni_tokenizers.load(training / "image").save(output / "tokenizers" / "image")
+
+        def train_audio() -> None:
+            task = SpokenDigitsTask(data, self.audio)
+            train(self.audio_training.config(training / "audio", task, self.seed, self.checkpoint_every))
+            omni_tokenizers.load(training / "audio").save(output / "tokenizers" / "audio")
+
+        def write_tokens() -> None:
+            text, image, audio = (tokenizer(modality) for modality in ("text", "image", "audio"))
+            if (output / "tokens").exists():
+                (output / "tokens").rmtree()
+            pools = make_pools(data, text, image, audio, self.image_variants, self.seed)
+            hashes = {each.modality: each.hash for each in (text, image, audio)}
+            grammar = make_grammar(text, image, audio)
+            write_documents(output / "tokens", self.documents, self.seed, pools, grammar, {"tokenizers": hashes})
+
+        def train_transformer() -> None:
+            vocabulary = read_json(output / "tokens" / "vocabulary.json")
+            task = TransformerTask(
+                data=str(output / "tokens"),
+                model=dataclasses.replace(self.transformer, vocabulary_size=vocabulary["size"]),
+                row_length=self.row_length,
+                loss_weights=self.loss_weights,
+                context_weight=self.context_weight,
+            )
+            train(self.transformer_training.config(training / "transformer", task, self.seed, self.checkpoint_every))
+            for name in ("model.json", "weights.safetensors", "vocabulary.json", "grammar.json"):
+                (training / "transformer" / name).copy(output / name, overwrite=True)
+            write_json(output / "generation.json", self.generation())
+
+        def measure() -> None:
+            evaluate_run(output)
+
+        steps = (make_data, train_text, train_image, train_audio, write_tokens, train_transformer, measure)
+        return dict(zip(STAGES, steps, strict=True))
+
+    def generation(self) -> dict[str, dict[str, float]]:
+        """Default sampling settings of the model."""
+        return {
+            "temperature": {"text": 0.0, "image": self.temperature, "audio": self.temperature},
+            "guidance": {"text": 1.0, "image": self.guidance, "audio": self.guidance},
+        }
+
+
+class Stages:
+    """Marks of finished stages in a run's directory, with the seconds that each took."""
+
+    def __init__(self, output: epath.Path):
+        self.directory = output / "stages"
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def run(self, name: str, step: Callable[[], None], title: str) -> None:
+        """Runs a stage unless its mark is there."""
+        mark = self.directory / f"{name}.json"
+        if mark.exists():
+            logger.info("%s, %s: done before", title, name)
+            return
+        logger.info("%s, %s", title, name)
+        with self._timed(name) as timing:
+            step()
+        write_json(mark, timing)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[dict]:
+        """Measures a stage; `attempts` above 1 says that it was interrupted and the seconds are those of the last."""
+        begun = self.directory / f"{name}.begun"
+        attempts = int(begun.read_text()) + 1 if begun.exists() else 1
+        begun.write_text(str(attempts))
+        timing, start = {"attempts": attempts}, time.monotonic()
+        yield timing
+        timing["seconds"] = round(time.monotonic() - start, 1)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of the finished stages."""
+        marks = ((name, self.directory / f"{name}.json") for name in STAGES)
+        return {name: read_json(mark)["seconds"] for name, mark in marks if mark.exists()}
+
+
+def evaluate_run(
+    run: epath.PathLike,
+    output: epath.PathLike | None = None,
+    *,
+    model: epath.PathLike | None = None,
+    limit: int | None = None,
+) -> dict:
+    """Measures a run of this recipe on its held-out data; writes evaluation/results.json and report.html.
+
+    Args:
+      output: where to write instead of the run's directory.
+      model: what to measure instead of the run's own model; it must not have seen this run's held-out data.
+      limit: targets per direction, for a quick look.
+
+    Raises:
+      OmniError: if the directory is no finished run of this recipe.
+    """
+    run = epath.Path(run)
+    if not (run / "stages" / "transformer.json").exists():
+        raise OmniError(f"{run}: no run of the digits recipe whose transformer is trained; omni quickstart makes one")
+    settings = config_from_dict(EvaluationSettings, read_json(run / CONFIG)["evaluation"], str(run / CONFIG))
+    output = epath.Path(output) if output else run
+    data = evaluation_data(run / "data", run / "tokens")
+    seconds = Stages(run).seconds()
+    results = evaluate(load(model or run), data, output, settings, limit=limit, seconds=seconds)
+    command = f"omni eval {run}" + (f" --model {model}" if model else "") + (f" --limit {limit}" if limit else "")
+    curves = {name.title(): run / "training" / name / "metrics.jsonl" for name in ("transformer", "image", "audio")}
+    write_report(results, read_samples(output), curves, output, title="Spoken handwritten digits", command=command)
+    return results
+
+
+def print_next_steps(run: epath.Path) -> None:
+    """The matrix, and what to try next; every command printed here works."""
+    results = read_json(run / "evaluation" / "results.json")
+    print_matrix(results)
+    print(f"report: {run / 'report.html'}")
+    print("try next:")
+    print(f'  omni generate {run} "seven" --want image,audio --out out/')
+    print(f'  omni generate {run} "say seven, then draw it" --out out/')
+    print(f"  omni generate {run} out/1.png --want text,audio --out out/")
+    print(f"  omni inspect {run}")
+
+
+def print_matrix(results: dict) -> None:
+    """The modality matrix as a table of percentages, with the judge's ceiling."""
+    matrix = results["matrix"]
+    print(f"{'from / to':<10}" + "".join(f"{target:>24}" for target in matrix))
+    for source, row in matrix.items():
+        cells = (f"{100 * cell['accuracy']:5.1f} % (ceiling {100 * cell['ceiling']:.1f})" for cell in row.values())
+        print(f"{source:<10}" + "".join(f"{cell:>24}" for cell in cells))

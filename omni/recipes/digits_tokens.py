@@ -1,0 +1,108 @@
+"""From scans, clips and phrases to token shards: pools of codes for each digit, and documents drawn from them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Int
+from tqdm import tqdm
+
+from omni.data.shards import write_shards
+from omni.grammar import Grammar, Span, Tokens
+from omni.recipes import digits_data
+from omni.recipes.digits_documents import Pools, assemble, draw
+from omni.vocabulary import Vocabulary
+from omni_tokenizers import AudioTokenizer, ImageTokenizer, TextTokenizer
+
+SPECIAL = ("<bos>", "<turn>", "<eos>", "<pad>", "<image>", "</image>", "<audio>", "</audio>")
+_CLIPS = 64  # clips tokenized together
+
+
+def make_vocabulary(text: TextTokenizer, image: ImageTokenizer, audio: AudioTokenizer) -> Vocabulary:
+    """Control and boundary ids, text, picture codes, then the codebooks of sound."""
+    books = {f"audio{level}": size for level, size in enumerate(audio.codebook_sizes)}
+    return Vocabulary.build({"text": text.vocabulary_size, "image": image.codebook_sizes[0], **books}, SPECIAL)
+
+
+def make_grammar(text: TextTokenizer, image: ImageTokenizer, audio: AudioTokenizer) -> Grammar:
+    """Pictures as one grid of fixed size, sounds as frames of all codebooks, up to the longest clip of the data."""
+    vocabulary = make_vocabulary(text, image, audio)
+    rows, columns = image.grid
+    frames = -(-digits_data.LONGEST // audio.samples_per_frame)
+    return Grammar(
+        {
+            "format": 1,
+            "control": {"bos": "<bos>", "turn": "<turn>", "eos": "<eos>", "pad": "<pad>"},
+            "modalities": {
+                "text": {"block": "text"},
+                "image": {
+                    "codebooks": ["image"],
+                    "open": ["<image>"],
+                    "close": ["</image>"],
+                    "shapes": [{"rows": rows, "columns": columns}],
+                },
+                "audio": {
+                    "codebooks": [f"audio{level}" for level in range(len(audio.codebook_sizes))],
+                    "open": ["<audio>"],
+                    "close": ["</audio>"],
+                    "shapes": [{"columns": {"min": 1, "max": frames}}],
+                },
+            },
+        },
+        vocabulary,
+    )
+
+
+def make_pools(
+    data: epath.PathLike,
+    text: TextTokenizer,
+    image: ImageTokenizer,
+    audio: AudioTokenizer,
+    variants: int,
+    seed: int,
+) -> Pools:
+    """Codes of every training scan in `variants` augmentations, and of every training clip as it is and jittered."""
+    scans, speech = digits_data.load_scans(data, "train"), digits_data.load_speech(data, "train")
+    rng = np.random.default_rng((seed, 0))
+    images: list[list] = [[] for _ in range(10)]
+    for _ in tqdm(range(variants), desc="tokenize pictures", unit="pass"):
+        codes = np.asarray(image.encode(digits_data.augment_images(scans.raw, rng)))
+        for label, item in zip(scans.labels, codes, strict=True):
+            images[label].append(item[None])
+    sounds: list[list] = [[] for _ in range(10)]
+    for start in tqdm(range(0, len(speech), _CLIPS), desc="tokenize sounds", unit="batch"):
+        clips = speech.audio[start : start + _CLIPS]
+        versions = [digits_data.augment_audio(clip, rng) for clip in clips]
+        labels = [*speech.labels[start : start + _CLIPS]] * 2
+        for label, item in zip(labels, _encode_clips(audio, clips, versions), strict=True):
+            sounds[label].append(item)
+    return Pools(functools.cache(lambda string: np.asarray(text.encode(string), np.int32)), images, sounds)
+
+
+def _encode_clips(audio: AudioTokenizer, clips, versions) -> Iterator[Int[np.ndarray, "codebooks 1 frames"]]:
+    lengths = np.array([len(clip) for clip in clips] + [version["length"] for version in versions])
+    batch = np.zeros((len(lengths), 1, digits_data.LONGEST), np.float32)
+    for row, clip in zip(batch, clips, strict=False):
+        row[0, : len(clip)] = clip
+    for row, version in zip(batch[len(clips) :], versions, strict=True):
+        row[0, : version["length"]] = version["audio"][: version["length"]]
+    codes = np.asarray(audio.encode(batch, lengths=lengths))
+    for item, length in zip(codes, lengths, strict=True):
+        yield item[:, None, : -(-length // audio.samples_per_frame)]
+
+
+def write_documents(
+    directory: epath.Path, count: int, seed: int, pools: Pools, grammar: Grammar, provenance: dict[str, Any]
+) -> None:
+    """Draws `count` documents and writes them as token shards."""
+
+    def documents() -> Iterator[Tokens]:
+        for index in tqdm(range(count), desc="write documents", unit="document"):
+            yield grammar.pack([Span(*part) for part in assemble(draw(index, seed), pools)])
+
+    provenance = {"recipe": "digits", "seed": seed, **provenance}
+    write_shards(directory, documents(), grammar.vocabulary, grammar, provenance)

@@ -1,0 +1,155 @@
+"""What a model gives back: ordered parts, or events while they come."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from omni.grammar import Grammar, GrammarError, Span
+from omni.parts import Audio, Image, Part, Text
+from omni.processor import Processor
+from omni_tokenizers.errors import OmniError
+
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """An ordered list of typed parts that shows itself in a notebook and saves itself.
+
+    Attributes:
+      parts: the reply's parts, in order.
+      ids: its tokens, the end included if it came to it.
+      spans: the codes of each part.
+      well_formed: whether the ids parse to the end; parts before a mistake are kept.
+    """
+
+    parts: list[Part]
+    ids: Int[np.ndarray, " tokens"]
+    spans: list[Span]
+    well_formed: bool
+
+    @property
+    def text(self) -> str:
+        """The text parts, joined by spaces."""
+        return " ".join(part.text for part in self.parts if isinstance(part, Text))
+
+    @property
+    def images(self) -> list[Image]:
+        """The pictures, in order."""
+        return [part for part in self.parts if isinstance(part, Image)]
+
+    @property
+    def audio(self) -> list[Audio]:
+        """The sounds, in order."""
+        return [part for part in self.parts if isinstance(part, Audio)]
+
+    def save(self, directory: str | Path) -> list[Path]:
+        """Writes each part to a file numbered by its place (`1.txt`, `2.png`, `3.wav`); returns the paths.
+
+        Raises:
+          OmniError: if a file cannot be written.
+        """
+        directory = Path(directory)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OmniError(f"{directory}: cannot be made a directory ({error.strerror})") from None
+        endings = {"text": "txt", "image": "png", "audio": "wav"}
+        paths = []
+        for place, part in enumerate(self.parts, start=1):
+            paths.append(directory / f"{place}.{endings[part.modality]}")
+            part.save(paths[-1])
+        return paths
+
+    def __repr__(self) -> str:
+        note = "" if self.well_formed else ", not well-formed"
+        return f"Reply({', '.join(map(repr, self.parts))}{note})"
+
+    def _repr_html_(self) -> str:
+        return "".join(f'<div style="margin:6px 0">{_part_html(part)}</div>' for part in self.parts)
+
+
+def _part_html(part: Part) -> str:
+    return html.escape(part.text) if isinstance(part, Text) else part._repr_html_()
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened while a reply came.
+
+    Attributes:
+      kind: "text" (a piece of text), "part" (a part is whole) or "end".
+      index: which part of the reply; at the end, the number of parts.
+      text: the piece of text.
+      part: the whole part.
+    """
+
+    kind: str
+    index: int
+    text: str = ""
+    part: Part | None = None
+
+
+def make_replies(processor: Processor, generated: Sequence[tuple[Int[np.ndarray, " tokens"], bool]]) -> list[Reply]:
+    """Replies from their ids and whether the engine found them well-formed."""
+    grammar = processor.grammar
+    spans, formed = [], []
+    for ids, well_formed in generated:
+        try:
+            spans.append(reply_spans(grammar, ids))
+        except GrammarError as error:
+            spans.append(error.spans)
+            well_formed = False
+        formed.append(well_formed)
+    parts = processor.parts(spans)
+    return [
+        Reply(list(reply), ids, list(own), ok)
+        for reply, own, (ids, _), ok in zip(parts, spans, generated, formed, strict=True)
+    ]
+
+
+def reply_spans(grammar: Grammar, ids: Int[np.ndarray, " tokens"]) -> list[Span]:
+    """The spans of a reply; `GrammarError` where its ids go wrong."""
+    return grammar.parse(np.concatenate([[grammar.control["bos"], grammar.control["turn"]], ids]).astype(np.int32))
+
+
+def events(processor: Processor, increments: Iterator[Int[np.ndarray, " tokens"]]) -> Iterator[Event]:
+    """Events of one reply from the ids as they come: text in pieces, pictures and sounds whole, in order."""
+    grammar = processor.grammar
+    ids = np.zeros(0, np.int32)
+    announced, shown = 0, ""
+    for new in increments:
+        ids = np.concatenate([ids, new])
+        spans, open_text = _spans_so_far(grammar, ids)
+        for index in range(announced, len(spans)):
+            part = processor.parts([[spans[index]]])[0][0]
+            still_open = open_text and index == len(spans) - 1
+            if isinstance(part, Text):
+                # Bytes of a character may still be missing at the end of what has come.
+                whole = part.text.rstrip("\ufffd") if still_open else part.text
+                if whole[len(shown) :]:
+                    yield Event("text", index, text=whole[len(shown) :])
+                shown = whole if still_open else ""
+            if not still_open:
+                yield Event("part", index, part=part)
+        announced = len(spans) - open_text
+    if announced < len(spans):  # the reply ended in text
+        part = processor.parts([[spans[-1]]])[0][0]
+        if part.text[len(shown) :]:
+            yield Event("text", announced, text=part.text[len(shown) :])
+        yield Event("part", announced, part=part)
+    yield Event("end", len(spans))
+
+
+def _spans_so_far(grammar: Grammar, ids: Int[np.ndarray, " tokens"]) -> tuple[list[Span], bool]:
+    """The spans that are whole, and whether the last of them is text that may go on."""
+    try:
+        spans = reply_spans(grammar, ids)
+    except GrammarError as error:  # a span is still open, and the text before it has ended
+        return error.spans, False
+    ended = len(ids) > 0 and ids[-1] == grammar.control["eos"]
+    return spans, bool(spans) and spans[-1].modality == "text" and not ended

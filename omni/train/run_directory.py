@@ -1,0 +1,104 @@
+"""What stands in a run's directory besides checkpoints and log: its configuration, and the mark that it is finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from etils import epath
+
+from omni.train.task import Task
+from omni_tokenizers.errors import OmniError
+
+CONFIG, FINISHED, CHECKPOINTS = "config.json", "finished.json", "checkpoints"
+MAY_CHANGE = ("output", "steps", "log_every", "checkpoint_every", "keep", "mesh")
+"""Settings with which a run can go on when they change."""
+
+
+def to_json(value: Any) -> Any:
+    """A configuration as JSON; a task carries the name of its class as `type`."""
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields} if isinstance(value, Task) else fields
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def claim(directory: epath.Path, config: dict[str, Any]) -> None:
+    """Writes config.json into a run's directory, which may hold the same run already.
+
+    Raises:
+      OmniError: it holds a run with other settings; they are listed.
+    """
+    if (directory / CONFIG).exists():
+        found = read_json(directory / CONFIG)
+        lines = differences(
+            {key: value for key, value in config.items() if key not in MAY_CHANGE},
+            {key: value for key, value in found.items() if key not in MAY_CHANGE},
+        )
+        if lines:
+            raise OmniError(
+                f"{directory} holds a run with other settings ({'; '.join(lines)}); "
+                "choose another output, or remove it to begin anew"
+            )
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / CONFIG, config)
+
+
+def finished_steps(directory: epath.Path) -> int:
+    """The steps after which the run in a directory was finished; 0 if it was not."""
+    path = directory / FINISHED
+    return int(read_json(path).get("steps", 0)) if path.exists() else 0
+
+
+def differences(here: Any, there: Any, where: str = "") -> list[str]:
+    """What differs between two JSON values, a line each, by dotted keys; empty if they are the same."""
+    if isinstance(here, dict) and isinstance(there, dict):
+        keys = [*here, *(key for key in there if key not in here)]
+        prefix = f"{where}." if where else ""
+        absent = "absent"
+        return [
+            line
+            for key in keys
+            for line in differences(here.get(key, absent), there.get(key, absent), f"{prefix}{key}")
+        ]
+    return [] if here == there else [f"{where}: {_short(here)} here, {_short(there)} there"]
+
+
+def read_json(path: epath.Path) -> Any:
+    """The content of a JSON file; `OmniError` if it is missing or none."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise OmniError(f"{path}: there is no such file") from None
+    except ValueError as error:
+        raise OmniError(f"{path}: not valid JSON ({error})") from None
+
+
+def write_json(path: epath.Path, content: Any) -> None:
+    """Writes a JSON file that appears only when it is whole."""
+    partial = path.parent / f"{path.name}.partial"
+    with writing(path):
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.replace(path)
+
+
+@contextmanager
+def writing(path: epath.Path) -> Iterator[None]:
+    """What the system says against writing (a full disk, no permission) becomes an `OmniError` that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise OmniError(f"{path}: could not be written ({error.strerror or error})") from error
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,79 @@
+"""Small whole models with random weights, for tests of what meets in `omni.bundle`."""
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from omni.bundle import Model
+from omni.grammar import Grammar
+from omni.model import Transformer, TransformerConfig
+from omni.vocabulary import Vocabulary
+from omni_tokenizers import AudioTokenizer, ImageTokenizer, TextTokenizer
+from omni_tokenizers.audio import AudioTokenizerConfig, SpectralCodec
+from omni_tokenizers.image import ImageTokenizerConfig, ImageVQ
+
+SPECIAL = ("<bos>", "<turn>", "<eos>", "<pad>", "<image>", "</image>", "<audio>", "</audio>")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizers() -> dict:
+    """Text, image (8 x 8 pixels in 2 x 2 codes) and audio (two books, 40 ms a frame) tokenizers, untrained."""
+    image = ImageTokenizerConfig(image_size=8, patch_size=2, channels=8, codebook_size=16, code_dim=4)
+    audio = AudioTokenizerConfig(
+        hop=320, window=640, mels=16, dim=8, encoder_blocks=1, decoder_blocks=1, codebook_size=8, code_dim=4
+    )
+    return {
+        "text": TextTokenizer.train(["draw seven", "say seven, then draw it", "zero one two"], 300),
+        "image": ImageTokenizer(image, ImageVQ(image, rngs=nnx.Rngs(0))),
+        "audio": AudioTokenizer(audio, SpectralCodec(audio, rngs=nnx.Rngs(1))),
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_tokenizers) -> Model:
+    """A transformer with random weights over these tokenizers: the hardest case for well-formed replies."""
+    text = tiny_tokenizers["text"]
+    blocks = {"text": text.vocabulary_size, "image": 16, "audio0": 8, "audio1": 8}
+    vocabulary = Vocabulary.build(blocks, SPECIAL)
+    grammar = Grammar(
+        {
+            "format": 1,
+            "control": {"bos": "<bos>", "turn": "<turn>", "eos": "<eos>", "pad": "<pad>"},
+            "modalities": {
+                "text": {"block": "text"},
+                "image": {
+                    "codebooks": ["image"],
+                    "open": ["<image>"],
+                    "close": ["</image>"],
+                    "shapes": [{"rows": 2, "columns": 2}],
+                },
+                "audio": {
+                    "codebooks": ["audio0", "audio1"],
+                    "open": ["<audio>"],
+                    "close": ["</audio>"],
+                    "shapes": [{"columns": {"min": 1, "max": 6}}],
+                },
+            },
+        },
+        vocabulary,
+    )
+    config = TransformerConfig(
+        vocabulary_size=vocabulary.size, depth=2, dim=32, heads=2, key_value_heads=1, head_dim=16, mlp_dim=64
+    )
+    transformer = Transformer(config, rngs=nnx.Rngs(2))
+    generation = {"guidance": {"image": 2.0}, "temperature": {"text": 0.7}}
+    return Model(transformer, vocabulary, grammar, tiny_tokenizers, context_length=128, generation=generation)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_model, tmp_path_factory):
+    """The directory of the tiny model."""
+    directory = tmp_path_factory.mktemp("bundle")
+    tiny_model.save(directory)
+    return directory
+
+
+@pytest.fixture
+def tone() -> np.ndarray:
+    """200 ms of 440 Hz at 16 kHz."""
+    return (0.5 * np.sin(2 * np.pi * 440 * np.arange(3200) / 16000)).astype(np.float32)

@@ -1,0 +1,200 @@
+"""Models whose faults are known: every measure must show the fault that it is there for, and no other."""
+
+import dataclasses
+import itertools
+import json
+
+import evaluation_fakes as fakes
+import numpy as np
+import pytest
+from evaluation_fakes import SMALL, WORDS, FakeModel
+
+from omni.evaluate import evaluate
+from omni.evaluate.judges import fit_judges
+from omni.evaluate.matrix import wilson_interval
+from omni.evaluate.run import read_samples
+from omni.evaluate.tokens import measure_bits
+
+CROSS = list(itertools.permutations(("text", "image", "audio"), 2))
+CHANCE = 1 / len(WORDS)
+
+
+@pytest.fixture(scope="module")
+def able(data, tmp_path_factory):
+    """The results of a model that is right nine times in ten."""
+    return evaluate(
+        FakeModel(skill=0.9, breaks=0.3), data, tmp_path_factory.mktemp("able"), SMALL, seconds={"data": 3.0}
+    )
+
+
+def test_keys(able):
+    """The keys that others read are there, for every direction and modality."""
+    for source, target in [*CROSS, *((m, m) for m in ("text", "image", "audio"))]:
+        assert {"accuracy", "ci95", "n", "ceiling", "shuffled"} <= set(able["matrix"][source][target])
+    for target in ("image", "audio"):
+        assert {"distinct", "copies", "nearest", "nearest_real"} <= set(able["variety"][target])
+    assert {"order", "agreement", "n"} == set(able["routing"])
+    assert {"constrained", "unconstrained", "n"} <= set(able["well_formed"])
+    assert {"psnr", "ssim", "usage", "perplexity"} <= set(able["tokenizers"]["image"])
+    assert {"mel_distance", "stoi", "usage"} <= set(able["tokenizers"]["audio"])
+    assert able["tokenizers"]["audio"]["stoi"] > 0.9 and able["tokenizers"]["image"]["ssim"] == 1.0
+    assert able["tokenizers"]["image"]["psnr"] is None  # infinite: these tokenizers are exact, and JSON has no infinity
+    assert able["seconds"] == {"data": 3.0}
+    json.dumps(able, allow_nan=False)
+
+
+@pytest.mark.parametrize(("source", "target"), CROSS)
+def test_skill_is_measured(able, source, target):
+    """Accuracy is the model's skill, the judge is sure, and shuffled inputs give chance."""
+    cell = able["matrix"][source][target]
+    assert abs(cell["accuracy"] - 0.9) < 0.13 and cell["n"] == 100
+    assert cell["ci95"] == wilson_interval(round(100 * cell["accuracy"]), 100)
+    assert cell["ceiling"] == 1.0
+    assert cell["shuffled"] < CHANCE + 0.15
+
+
+def test_deaf_model_is_at_chance(data, tmp_path):
+    """A model that ignores its input scores chance everywhere, while its tokenizers stay right."""
+    results = evaluate(FakeModel(deaf=True), data, tmp_path, SMALL)
+    for source, target in CROSS:
+        assert abs(results["matrix"][source][target]["accuracy"] - CHANCE) < 0.15
+    assert results["matrix"]["image"]["image"]["accuracy"] == 1.0
+    assert results["routing"]["order"] == 1.0 and results["routing"]["agreement"] < 0.5
+
+
+def test_replayed_memories_fail(data, able, tmp_path):
+    """A model that replays training examples is right, but all its replies are copies and few are distinct."""
+    results = evaluate(FakeModel(memories=fakes.memories_of(data)), data, tmp_path, SMALL)
+    for target in ("image", "audio"):
+        replayed, made = results["variety"][target], able["variety"][target]
+        assert results["matrix"]["text"][target]["accuracy"] == 1.0
+        assert replayed["copies"] == 1.0 and replayed["nearest"] < 1e-6
+        assert replayed["distinct"] == 3 * len(WORDS)
+        assert made["copies"] == 0.0 and made["copies_real"] == 0.0 and made["distinct"] > 90
+        assert made["nearest"] == pytest.approx(made["nearest_real"], rel=0.3)
+
+
+def test_copies_of_the_pool(data, tmp_path):
+    """Copies of augmented training examples count too, where the caller gives their codes."""
+    rng = np.random.default_rng(11)
+    pool = [[fakes.make_codes("image", label, rng) for _ in range(4)] for label in range(len(WORDS))]
+    known = dataclasses.replace(data, pool={"image": [codes for own in pool for codes in own]})
+    model = FakeModel(memories={"image": pool})
+    assert evaluate(model, known, tmp_path / "known", SMALL)["variety"]["image"]["copies"] == 1.0
+    assert evaluate(model, data, tmp_path / "unknown", SMALL)["variety"]["image"]["copies"] == 0.0
+
+
+def test_routing(data, able, tmp_path):
+    """Order and agreement are told apart: parts in the wrong order may still agree."""
+    assert able["routing"]["order"] == 1.0 and 0.75 < able["routing"]["agreement"] < 1.0
+    backwards = evaluate(FakeModel(backwards=True), data, tmp_path, SMALL)["routing"]
+    one_part = sum(len(request.order) == 1 for request in data.requests[: SMALL.requests % len(data.requests)])
+    assert backwards["order"] == pytest.approx((2 * len(WORDS) + one_part) / SMALL.requests)
+    assert backwards["agreement"] == 1.0
+
+
+def test_well_formed(able):
+    """Replies that break off are counted, and only where no constraint holds them."""
+    assert able["well_formed"]["constrained"] == 1.0
+    assert 0.5 < able["well_formed"]["unconstrained"] < 0.9
+    assert able["well_formed"]["n"] == 6 * 200 + SMALL.requests
+
+
+def test_bits_per_token(data):
+    """Even logits cost log2 of the vocabulary for each token of the target; input and fill-up do not count."""
+    model = FakeModel()
+    even = measure_bits(model, data, ("image", "audio"), SMALL, lambda _: None)
+    assert even["tokens"] == SMALL.documents * 16
+    assert even["bits"] / even["tokens"] == pytest.approx(np.log2(model.vocabulary.size))
+    words = [part.text for part in data.test["text"].parts]
+    drawn = [words[2 * (i % 5) + (i // 5) % 2] for i in range(SMALL.documents)]
+    assert measure_bits(model, data, ("image", "text"), SMALL, lambda _: None)["tokens"] == len("".join(drawn))
+
+
+def test_bits_belong_to_the_next_token(data):
+    """Logits that know the next token where it is a code, and nothing else, cost nothing: boundaries do not count."""
+    model = FakeModel()
+    codes = np.isin(np.arange(model.vocabulary.size), model.vocabulary.block("image"))
+
+    def logits(ids):
+        following = np.roll(ids, -1, axis=1)
+        return 50.0 * np.eye(model.vocabulary.size, dtype=np.float32)[following] * codes[following][..., None]
+
+    model.logits = logits
+    bits = measure_bits(model, data, ("text", "image"), SMALL, lambda _: None)
+    assert bits["tokens"] == SMALL.documents * 16 and bits["bits"] == pytest.approx(0, abs=1e-3)
+
+
+def test_token_agreement(data, able, tmp_path):
+    """Exact tokenizers keep every code; one whose decoder is dull loses some."""
+
+    class Dull(fakes.Blocks):
+        def decode(self, codes):
+            return super().decode(np.minimum(np.asarray(codes), 13))
+
+    assert able["token_agreement"] == {"image": 1.0, "audio": 1.0}
+    model = FakeModel()
+    model.tokenizers["image"] = Dull()
+    agreement = evaluate(model, data, tmp_path, SMALL)["token_agreement"]
+    assert 0.5 < agreement["image"] < 0.99 and agreement["audio"] == 1.0
+
+
+def test_killed_and_run_again(data, able, tmp_path):
+    """An evaluation that was interrupted repeats no finished cell and scores as one that was not."""
+    broken = FakeModel(skill=0.9, breaks=0.3, fails_after=14)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(broken, data, tmp_path, SMALL, seconds={"data": 3.0})
+    finished = len(list((tmp_path / "evaluation" / "cells").glob("*.json")))
+    again = FakeModel(skill=0.9, breaks=0.3)
+    assert evaluate(again, data, tmp_path, SMALL, seconds={"data": 3.0}) == able
+    whole = 6 * 200 + SMALL.requests + SMALL.unconstrained + SMALL.shown + 2
+    assert finished == 3 and again.asked == whole - finished * 200
+    third = FakeModel(skill=0.9, breaks=0.3)
+    third.generate_batch = None
+    assert evaluate(third, data, tmp_path, SMALL, seconds={"data": 3.0}) == able
+
+
+def test_another_model_is_measured_anew(data, tmp_path):
+    """Results of other weights or other settings in the same directory are not taken for one's own."""
+    settings = dataclasses.replace(SMALL, per_direction=20, shuffled=20)
+    first = evaluate(FakeModel(skill=1.0), data, tmp_path, settings)
+    second = evaluate(FakeModel(skill=0.0), data, tmp_path, settings)
+    assert first["matrix"]["text"]["image"]["accuracy"] == 1.0 and second["matrix"]["text"]["image"]["accuracy"] == 0.0
+    third = evaluate(FakeModel(skill=0.0), data, tmp_path, dataclasses.replace(settings, per_direction=25))
+    assert third["matrix"]["text"]["image"]["n"] == 25
+
+
+def test_limit_is_in_the_signature(data, tmp_path):
+    """A quick look says that it is one, and every reply that is asked for respects it."""
+    model = FakeModel()
+    results = evaluate(model, data, tmp_path, SMALL, limit=4)
+    assert "|limit:4" in results["signature"] and results["matrix"]["image"]["text"]["n"] == 4
+    assert model.asked == 6 * 8 + 4 + 4 + SMALL.shown + 2
+
+
+def test_samples_hold_mixed_replies(data, able, tmp_path):
+    """Kept for the report: replies of three parts to words, and replies of all modalities to all modalities."""
+    evaluate(FakeModel(), data, tmp_path, SMALL)
+    samples = read_samples(tmp_path)
+    orders = [[[p["modality"] for p in sample[side]] for side in ("input", "output")] for sample in samples["mixed"]]
+    every = ["text", "image", "audio"]
+    assert orders == [[["text"], every]] * SMALL.shown + [[every, every]] * 2
+    assert len(samples["audio->image"]) == SMALL.shown
+
+
+def test_judges_know_neither_colour_nor_place_nor_loudness(data):
+    """A picture in other colours, moved by two pixels, and a sound at another loudness in silence keep their class."""
+    judges = fit_judges(data)
+    pictures, sounds = data.test["image"], data.test["audio"]
+    small = [fakes.Image(np.pad(part.pixels[::2, ::2], ((8, 8), (8, 8), (0, 0)))) for part in pictures.parts]
+    plain = judges["image"].features(small)
+    changed = judges["image"].features([fakes.coloured(p, (10, 30, 90), (250, 220, 60), (2, -1)) for p in small])
+    assert np.abs(plain - changed).max() < 0.1
+    louder = [fakes.louder(part, 0.2, 3000) for part in sounds.parts]
+    assert (judges["audio"].labels(louder) == sounds.labels).all()
+
+
+def test_text_is_judged_by_exact_match(data):
+    """A word counts stripped and in any case; a sentence around it does not."""
+    texts = [fakes.Text(text) for text in (" Bee\n", "the bee", "", "bees")]
+    assert fit_judges(data)["text"].labels([*texts, None]).tolist() == [1, -1, -1, -1, -1]

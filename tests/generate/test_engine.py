@@ -1,0 +1,179 @@
+"""The batched, cached engine against the slow reference, and its counts of steps and compilations."""
+
+import numpy as np
+import pytest
+from reference import AUDIO, IMAGE, ONE, PLAIN, SIZED, TEXT, make_grammar, make_model, prompt, request, slow_generate
+
+from omni.generate import Engine, Shadow, unconditional_shadow
+from omni.model import make_decoder
+from omni_tokenizers.errors import OmniError
+
+
+@pytest.fixture(scope="module")
+def grammar():
+    return make_grammar(PLAIN)
+
+
+@pytest.fixture(scope="module")
+def model(grammar):
+    return make_model(grammar.vocabulary.size)
+
+
+@pytest.fixture(scope="module")
+def engine(model, grammar):
+    return Engine(make_decoder(model), grammar)
+
+
+def mixed_requests(grammar, temperature: float) -> list:
+    """Eight requests that differ in prompt, order, length, guidance, sampling and seed."""
+    nothing = prompt(grammar, 0)
+    guidance = np.array([1, 3, 1.5], np.float32)
+
+    def ask(seed: int, *modalities: str, **changes):
+        ids = prompt(grammar, seed, *modalities)
+        return request(grammar, ids, **({"temperature": temperature, "seed": seed} | changes))
+
+    two_way = unconditional_shadow(nothing, guidance)
+    three_way = (
+        Shadow(nothing, np.array([0, -0.5, -1], np.float32)),
+        Shadow(prompt(grammar, 99, "text"), np.array([0, -1.5, 0.5], np.float32)),
+    )
+    return [
+        ask(1, "text", want=(IMAGE,)),
+        ask(2, "image", "text", "audio", want=(AUDIO,), max_tokens=12),
+        ask(3, "audio", want=(TEXT,), max_tokens=9),
+        ask(4, "text", want=(TEXT, IMAGE, AUDIO, IMAGE), shadows=two_way, max_tokens=40),
+        ask(5, max_tokens=30),
+        ask(6, "text", "image", shadows=three_way, top_k=(5, 3, 0), top_p=(0.9, 1, 0.5)),
+        ask(7, "image", "image", top_p=0.7, max_tokens=17),
+        ask(8, "audio", "text", constrained=False, shadows=two_way, max_tokens=15),
+    ]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_same_tokens_as_recomputing_each_row_alone(model, grammar, engine, temperature):
+    """Cache, batch, padding, shadows, masks and keys change no token."""
+    requests = mixed_requests(grammar, temperature)
+    for asked, reply in zip(requests, engine.generate(requests), strict=True):
+        assert reply.ids.tolist() == slow_generate(model, grammar, asked)
+
+
+def test_same_tokens_with_sizes_row_ends_and_delays():
+    """The same for another layout: nothing in the engine knows what a span looks like."""
+    grammar = make_grammar(SIZED)
+    model = make_model(grammar.vocabulary.size, seed=3)
+    orders = [None, (IMAGE,), (AUDIO, TEXT), (TEXT, IMAGE)]
+    requests = [
+        request(grammar, prompt(grammar, seed, "text", "image"), want=want, seed=seed, max_tokens=26)
+        for seed, want in enumerate(orders)
+    ]
+    for asked, reply in zip(requests, Engine(make_decoder(model), grammar).generate(requests), strict=True):
+        assert reply.ids.tolist() == slow_generate(model, grammar, asked)
+
+
+def test_a_batch_takes_the_steps_of_its_longest_in_one_program(model, grammar):
+    """Eight different requests: steps are the maximum and not the sum; one prefill and one advance are compiled."""
+    engine = Engine(make_decoder(model), grammar)
+    lengths = [len(reply.ids) for reply in engine.generate(mixed_requests(grammar, 1.0))]
+    assert len(set(lengths)) > 3
+    assert engine.counts == {"prefill": 1, "advance": 1, "steps": max(lengths)}
+
+
+def test_another_prompt_of_the_same_padded_length_compiles_nothing(grammar, engine):
+    """Prompt, order, seed, sampling and budget are data."""
+    engine.generate([request(grammar, prompt(grammar, 1, "text"), want=(IMAGE,))])
+    before = {name: engine.counts[name] for name in ("prefill", "advance")}
+    changed = {"want": (TEXT, AUDIO), "seed": 9, "temperature": 0.3, "top_p": 0.5, "max_tokens": 31}
+    engine.generate([request(grammar, prompt(grammar, 2, "audio", "text", "image"), **changed)])
+    assert before == {name: engine.counts[name] for name in ("prefill", "advance")}
+
+
+def test_neither_batch_nor_slot_changes_a_reply(model, grammar, engine):
+    """Replies come in the order of the requests, the same in batches of few as all at once."""
+    requests = mixed_requests(grammar, 1.0)[::-1]
+    together = engine.generate(requests)
+    split = Engine(make_decoder(model), grammar, max_rows=8).generate(requests)
+    for one, other in zip(together, split, strict=True):
+        assert one.ids.tolist() == other.ids.tolist() and one.well_formed == other.well_formed
+
+
+def test_seed_changes_a_reply_and_repeats_it(grammar, engine):
+    """The same seed gives the same reply, another seed another."""
+    ids = prompt(grammar, 1, "text")
+    one, same, other = (engine.generate([request(grammar, ids, seed=seed)])[0] for seed in (1, 1, 2**32 - 1))
+    assert one.ids.tolist() == same.ids.tolist() != other.ids.tolist()
+
+
+def test_guidance_of_modalities_that_cannot_come_costs_nothing(grammar, engine):
+    """A request for text only, guided in pictures only, has no shadow and answers as without guidance."""
+    ids, nothing = prompt(grammar, 1, "image"), prompt(grammar, 0)
+    shadows = unconditional_shadow(nothing, np.array([1, 3, 1]))
+    plain = engine.generate([request(grammar, ids, want=(TEXT,))])
+    before = dict(engine.counts)
+    guided = engine.generate([request(grammar, ids, want=(TEXT,), shadows=shadows)])
+    assert guided[0].ids.tolist() == plain[0].ids.tolist()
+    assert engine.counts["advance"] == before["advance"]
+
+
+@pytest.mark.parametrize("hop", [1, 7, 1000])
+def test_stream_gives_what_generate_gives(grammar, engine, hop):
+    """Increments join to the replies; a part's last token ends an increment."""
+    requests = mixed_requests(grammar, 1.0)
+    joined = {i: [] for i in range(len(requests))}
+    closing = {grammar.vocabulary.token(name) for name in ("</image>", "</audio>")}
+    for increments in engine.stream(requests, hop):
+        assert increments
+        for i, ids in increments:
+            joined[i] += ids.tolist()
+            assert 0 < len(ids) <= hop
+            assert not closing & set(ids[:-1].tolist())
+    assert list(joined.values()) == [reply.ids.tolist() for reply in engine.generate(requests)]
+
+
+@pytest.mark.parametrize("layouts", [PLAIN, SIZED, ONE], ids=["plain", "sized", "one"])
+def test_constrained_replies_parse_in_order_within_budget(layouts):
+    """Over random weights, orders, budgets and seeds: replies are documents, with exactly the wanted parts."""
+    grammar = make_grammar(layouts)
+    model = make_model(grammar.vocabulary.size, depth=1, dim=16, heads=2, key_value_heads=1)
+    draw = np.random.default_rng(0)
+    requests = []
+    for seed in range(256):
+        want = None
+        if seed % 4:
+            want = draw.integers(len(grammar.modalities), size=draw.integers(1, 6)).tolist()
+            want = tuple(m for i, m in enumerate(want) if m or not i or want[i - 1])
+        fewest = 1 if want is None else 1 + sum(grammar.tables.minimum[m] for m in want)
+        limit = int(fewest + draw.choice([0, 0, 1, 2, 5, 20]))
+        ids = prompt(grammar, seed, *draw.choice(grammar.modalities, size=draw.integers(3)))
+        requests.append(
+            request(grammar, ids, max_tokens=limit, want=want, seed=seed, temperature=draw.choice([0, 1, 4]))
+        )
+    replies = Engine(make_decoder(model), grammar).generate(requests)
+    for asked, reply in zip(requests, replies, strict=True):
+        spans = [span for span in grammar.parse(np.concatenate([asked.ids, reply.ids])) if not span.context]
+        assert reply.well_formed and len(reply.ids) <= asked.max_tokens
+        if asked.want is not None:
+            assert tuple(grammar.index(span.modality) for span in spans) == asked.want
+            assert reply.ids[-1] == grammar.vocabulary.token("<eos>")
+        else:
+            ended = reply.ids[-1] == grammar.vocabulary.token("<eos>")
+            assert ended or len(reply.ids) == asked.max_tokens
+
+
+def test_unconstrained_replies_may_break_and_say_so(grammar, engine):
+    """Without the mask, `well_formed` is what the parser finds, and never bos, turn or padding comes."""
+    requests = [
+        request(grammar, prompt(grammar, seed), seed=seed, constrained=False, max_tokens=9) for seed in range(64)
+    ]
+    replies = engine.generate(requests)
+    never = {grammar.vocabulary.token(name) for name in ("<bos>", "<turn>", "<pad>")}
+    used = 11 + 20 + 9 + 7 + 5
+    for asked, reply in zip(requests, replies, strict=True):
+        assert not never & set(reply.ids.tolist()) and reply.ids.max() < used
+        try:
+            grammar.parse(np.concatenate([asked.ids, reply.ids]))
+            parses = True
+        except OmniError:
+            parses = False
+        assert reply.well_formed == parses
+    assert len({reply.well_formed for reply in replies}) == 2

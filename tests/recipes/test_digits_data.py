@@ -1,0 +1,190 @@
+"""Scans and speech of the digits recipe."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from omni.recipes import digits_data, espeak
+from omni_tokenizers.errors import OmniError
+
+pytest.importorskip("espeakng_loader")
+pytest.importorskip("sklearn")
+
+VOICES = 5  # variants, so that synthesis takes moments
+
+
+@pytest.fixture(scope="module")
+def small():
+    """prepare with few voices."""
+    with pytest.MonkeyPatch.context() as patch:
+        variants = espeak.variants()[: VOICES + len(digits_data.TOO_SLOW)]
+        patch.setattr(espeak, "variants", lambda: variants)
+        patch.setattr(digits_data, "UTTERANCES", 1)
+        yield digits_data.prepare
+
+
+@pytest.fixture(scope="module")
+def directory(small, tmp_path_factory):
+    return small(tmp_path_factory.mktemp("digits") / "data", seed=0)
+
+
+@pytest.fixture(scope="module")
+def data(directory):
+    return digits_data.load(directory)
+
+
+def test_splits_by_scan_and_by_voice(data):
+    """A fifth of the scans of each digit and a fifth of the voices are held out, and nothing stands in both splits."""
+    train, test = data.train, data.test
+    assert sorted([*train.scans.scans, *test.scans.scans]) == list(range(1797))
+    share = np.bincount(test.scans.labels) / np.bincount(np.r_[train.scans.labels, test.scans.labels])
+    np.testing.assert_allclose(share, 0.2, atol=0.005)
+    variants = [{voice.split("+")[1] for voice in split.speech.voices} for split in (train, test)]
+    assert not variants[0] & variants[1]
+    assert len(variants[1]) == round(0.2 * (len(variants[0]) + len(variants[1]))) > 0
+
+
+def test_clips_are_trimmed_and_bounded(data):
+    """Each clip is loud, at most 0.96 s long and begins and ends with at most a few milliseconds of silence."""
+    for clip in data.train.speech.audio:
+        assert clip.dtype == np.float32 and 1600 < len(clip) <= digits_data.LONGEST
+        assert abs(np.abs(clip).max() - 0.9) < 0.01
+        audible = np.flatnonzero(np.abs(clip) > 0.017)
+        assert audible[0] < 160 and len(clip) - audible[-1] < 160
+
+
+def test_distinct_voices(data):
+    """No two voices say a word alike."""
+    speech = data.train.speech
+    words = [clip.tobytes() for clip, label in zip(speech.audio, speech.labels, strict=True) if label == 7]
+    assert len(set(words)) == len(words) == len(set(speech.voices))
+
+
+def test_same_seed_same_data(small, data, tmp_path):
+    """The datasets are a function of the seed: made again they hold the same arrays; another seed splits otherwise."""
+    again = digits_data.load(small(tmp_path / "again", seed=0))
+    for first, second in ((data.train, again.train), (data.test, again.test)):
+        np.testing.assert_array_equal(first.scans.images, second.scans.images)
+        assert all(np.array_equal(a, b) for a, b in zip(first.speech.audio, second.speech.audio, strict=True))
+    other = {record["scan"] for split, record in digits_data._scan_records(seed=1) if split == "test"}
+    assert other != set(data.test.scans.scans)
+
+
+def test_interrupted_prepare_leaves_nothing_that_loads(small, tmp_path, monkeypatch):
+    """After an interruption between the two datasets there is no directory, and preparing again works."""
+    write = digits_data._write
+
+    def stop(directory, name, records):
+        if name == "digit_speech":
+            raise KeyboardInterrupt
+        return write(directory, name, records)
+
+    target = tmp_path / "data"
+    with monkeypatch.context() as patch:
+        patch.setattr(digits_data, "_write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            small(target, seed=0)
+    assert not target.exists() and (tmp_path / "data.partial").exists()
+    for left in (target, tmp_path / "data.partial"):
+        with pytest.raises(OmniError, match="no digits data"):
+            digits_data.load(left)
+    assert len(digits_data.load(small(target, seed=0)).train.speech)
+    assert not (tmp_path / "data.partial").exists()
+
+
+def test_prepared_data_is_kept(small, directory, tmp_path):
+    """A finished directory is left alone; one of another seed or of something else is refused."""
+    before = (directory / "manifest.json").stat()
+    assert small(directory, seed=0) == directory
+    assert (directory / "manifest.json").stat() == before
+    with pytest.raises(OmniError, match="seed 0"):
+        small(directory, seed=1)
+    with pytest.raises(OmniError, match="no digits data"):
+        small(tmp_path, seed=0)
+
+
+def test_augmentation_keeps_the_digit(data):
+    """A classifier that has seen plain training scans alone reads augmented held-out ones, whatever their colours."""
+    from sklearn.svm import SVC
+
+    def features(images):
+        return digits_data.stroke(images).reshape(len(images), 16, 2, 16, 2).mean((2, 4)).reshape(len(images), -1)
+
+    train, test, rng = data.train.scans, data.test.scans, np.random.default_rng(0)
+    judge = SVC(C=10).fit(features(train.images), train.labels)
+    assert judge.score(features(test.images), test.labels) > 0.96
+    for plain in (1.0, 0.0):
+        assert judge.score(features(digits_data.augment_images(test.raw, rng, plain)), test.labels) > 0.85
+
+
+def test_augmentation_shares_and_plain_pictures(data):
+    """The stated shares of training pictures are white on black and black on white; held-out ones are as scanned."""
+    images = digits_data.augment_images(data.train.scans.raw, np.random.default_rng(0))
+    corners = images[:, [0, 0, -1, -1], [0, -1, 0, -1]].reshape(len(images), -1)
+    assert abs((corners < 8).all(1).mean() - digits_data.PLAIN) < 0.05
+    assert abs((corners > 247).all(1).mean() - digits_data.INVERTED) < 0.05
+    held_out = data.test.scans
+    np.testing.assert_array_equal(held_out.images, digits_data.plain_images(held_out.raw))
+    assert (held_out.images[..., 0] == held_out.images[..., 2]).all()
+
+
+@pytest.mark.parametrize("make", [digits_data.scan_dataset, digits_data.speech_dataset])
+def test_sources_depend_on_seed_and_index_alone(directory, make):
+    """Example i is the same from a fresh source read at i directly; another pass or seed gives another."""
+    source, length = make(directory, 5), len(digits_data.load_scans(directory, "train"))
+    if make is digits_data.speech_dataset:
+        length = len(digits_data.load_speech(directory, "train"))
+    key = next(iter(source[0]))
+    passes = [source[index] for index in range(20)]
+    fresh = make(directory, 5)
+    for index in (19, 3):
+        for name, value in fresh[index].items():
+            np.testing.assert_array_equal(value, passes[index][name])
+    assert not np.array_equal(source[length][key], passes[0][key])
+    assert not np.array_equal(make(directory, 6)[0][key], passes[0][key])
+
+
+def test_speech_source_shapes(directory):
+    """Clips are padded with zeros from their length on."""
+    source = digits_data.speech_dataset(directory, 0)
+    for index in range(30):
+        example = source[index]
+        assert example["audio"].shape == (digits_data.LONGEST,) and example["audio"].dtype == np.float32
+        assert example["length"].dtype == np.int32
+        assert np.abs(example["audio"][: example["length"]]).max() > 0.2
+        assert not example["audio"][example["length"] :].any()
+
+
+@pytest.mark.parametrize(
+    ("utterance", "message"),
+    [
+        (espeak.Utterance("", "en-us+m3"), "characters"),
+        (espeak.Utterance("one\0two", "en-us+m3"), "characters"),
+        (espeak.Utterance("one" * 1000, "en-us+m3"), "characters"),
+        (espeak.Utterance("one", "nowhere"), "no voice"),
+        (espeak.Utterance("one", "x" * 4000), "no such"),
+        (espeak.Utterance("one", "en-us+m3", rate=100_000), "rate"),
+        (espeak.Utterance("one", "en-us+m3", pitch=-1), "pitch"),
+    ],
+)
+def test_bad_utterances_are_errors(utterance, message):
+    """What espeak-ng cannot say is an error that names it, never a crash."""
+    with pytest.raises(OmniError, match=message):
+        list(espeak.speak([utterance]))
+
+
+def test_a_crash_of_espeak_is_an_error(monkeypatch):
+    """When the child process dies, the caller learns at which utterance."""
+    monkeypatch.setattr(espeak.sys, "executable", "/bin/false")
+    with pytest.raises(OmniError, match=r"stopped at .*one"):
+        list(espeak.speak([espeak.Utterance("one", "en-us+m3")]))
+
+
+def test_missing_packages_name_the_extra(monkeypatch, tmp_path):
+    """Without espeakng-loader or scikit-learn the error says what to install."""
+    for package in ("espeakng_loader", "sklearn.datasets"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(OmniError, match="quickstart"):
+                digits_data.prepare(tmp_path / package, seed=0)

@@ -1,0 +1,174 @@
+"""A model as its user meets it: load, generate, stream, encode, decode, save."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import omni
+from omni.bundle import Request
+from omni_tokenizers.errors import OmniError, UsageError
+
+
+@pytest.fixture
+def everything(tone):
+    """A prompt of all three modalities."""
+    return ["this is seven:", omni.Image(np.full((8, 8, 3), 90, np.uint8)), omni.Audio(tone, 16000)]
+
+
+def test_one_reply_holds_text_picture_and_sound_in_the_order_wanted(tiny_model, everything):
+    reply = tiny_model.generate(everything, want=["audio", "text", "image"], seed=3)
+    assert [part.modality for part in reply.parts] == ["audio", "text", "image"] and reply.well_formed
+    assert reply.images[0].pixels.shape == (8, 8, 3) and reply.audio[0].sample_rate == 16000 and reply.text
+    assert reply.audio[0].samples.shape[1] % 640 == 0
+
+
+def test_a_request_is_answered_alike_alone_and_in_any_batch(tiny_model, everything):
+    requests = [
+        Request(["seven"], ["image"], seed=1),
+        Request(everything, ["text", "audio"], seed=2, temperature=1.0),
+        Request(["draw seven"], None, seed=3, max_tokens=20),
+        Request(["say it"], ["audio"], seed=4, guidance=1.0, top_k=3),
+    ]
+    together = tiny_model.generate_batch(requests)
+    for request, reply in zip(requests, together, strict=True):
+        alone = tiny_model.generate_batch([request])[0]
+        np.testing.assert_array_equal(alone.ids, reply.ids)
+    assert [[part.modality for part in reply.parts] for reply in together[:2]] == [["image"], ["text", "audio"]]
+
+
+def test_stream_tells_the_same_as_generate(tiny_model, everything):
+    whole = tiny_model.generate(everything, want=["text", "image", "audio"], seed=5)
+    events = list(tiny_model.stream(everything, want=["text", "image", "audio"], seed=5))
+    assert "".join(event.text for event in events if event.kind == "text" and event.index == 0) == whole.parts[0].text
+    parts = [event.part for event in events if event.kind == "part"]
+    assert [part.modality for part in parts] == ["text", "image", "audio"]
+    np.testing.assert_array_equal(parts[1].pixels, whole.images[0].pixels)
+    np.testing.assert_allclose(parts[2].samples, whole.audio[0].samples, atol=1e-6)
+    assert events[-1].kind == "end" and [event.index for event in events] == sorted(event.index for event in events)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_stream_of_a_free_reply_tells_the_same_as_generate(tiny_model, seed):
+    settings = {"seed": seed, "max_tokens": 40, "temperature": 1.0}
+    whole = tiny_model.generate(["say seven"], **settings)
+    events = list(tiny_model.stream(["say seven"], **settings))
+    assert [e.part.modality for e in events if e.kind == "part"] == [p.modality for p in whole.parts]
+    streamed = {index: "".join(e.text for e in events if e.kind == "text" and e.index == index) for index in range(20)}
+    for index, part in enumerate(whole.parts):
+        if part.modality == "text":
+            assert streamed[index] == part.text
+
+
+def test_saved_and_loaded_it_is_the_same_model(tiny_model, tiny_bundle, everything):
+    again = omni.load(tiny_bundle)
+    np.testing.assert_array_equal(again.encode(everything), tiny_model.encode(everything))
+    ids = tiny_model.encode(["draw seven"])[None]
+    np.testing.assert_array_equal(again.logits(ids), tiny_model.logits(ids))
+    reply, other = (model.generate(["seven"], want=["image"], seed=9) for model in (again, tiny_model))
+    np.testing.assert_array_equal(reply.images[0].pixels, other.images[0].pixels)
+
+
+def test_half_precision_files_are_about_half_as_large(tiny_model, tiny_bundle, tmp_path):
+    tiny_model.save(tmp_path, dtype="bfloat16")
+    small, large = ((path / "weights.safetensors").stat().st_size for path in (tmp_path, tiny_bundle))
+    assert small < 0.55 * large
+    assert omni.load(tmp_path).generate(["seven"], want=["image"]).well_formed
+
+
+def test_encode_and_decode_return_the_parts(tiny_model, everything):
+    parts = tiny_model.decode(tiny_model.encode(everything))
+    assert [part.modality for part in parts] == ["text", "image", "audio"] and parts[0].text == "this is seven:"
+
+
+def test_boundary_tokens_typed_by_a_user_stay_text(tiny_model):
+    typed = "<image> </image> <turn> <eos>"
+    ids = tiny_model.encode([omni.Text(typed, context=True)])
+    inside = set(ids[1:-2].tolist())
+    assert not inside & set(tiny_model.vocabulary.special.values())
+    assert tiny_model.decode(ids)[0].text == typed
+
+
+def test_loud_fast_many_channelled_sound_is_mixed_and_resampled(tiny_model):
+    noise = np.random.default_rng(0).uniform(-1, 1, (8, 192000 // 10)).astype(np.float32)
+    assert tiny_model.generate([omni.Audio(noise, 192000)], want=["text"]).text is not None
+
+
+def test_reply_shows_and_saves_itself(tiny_model, tmp_path):
+    reply = tiny_model.generate(["seven"], want=["text", "image", "audio"], seed=0)
+    assert "array" not in repr(reply) and len(repr(reply)) < 300
+    assert "<audio" in reply._repr_html_() and "<img" in reply._repr_html_()
+    assert [path.name for path in reply.save(tmp_path / "out")] == ["1.txt", "2.png", "3.wav"]
+    np.testing.assert_array_equal(omni.Image.read(tmp_path / "out" / "2.png").pixels, reply.images[0].pixels)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"parts": "seven"}, UsageError, "a list of parts"),
+        ({"parts": ["seven"], "want": ["smell"]}, UsageError, "unknown modality 'smell'"),
+        ({"parts": ["seven"], "want": ["imge"]}, UsageError, "did you mean 'image'"),
+        ({"parts": ["seven"], "want": ["text", "text"]}, UsageError, "twice in a row"),
+        ({"parts": ["seven"], "want": ["image"], "max_tokens": 3}, UsageError, "at least 7"),
+        ({"parts": ["seven"], "temperature": -1}, UsageError, "temperature"),
+        ({"parts": ["zqx " * 100]}, OmniError, "reads at most 128"),
+        ({"parts": [omni.Audio(np.zeros(16000 * 4, np.float32), 16000)]}, OmniError, "too long"),
+        ({"parts": [7]}, UsageError, None),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(tiny_model, arguments, error, message):
+    with pytest.raises(error, match=message) as caught:
+        tiny_model.generate(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def damage_json(key, value):
+    def damage(directory):
+        path = directory / "vocabulary.json"
+        data = json.loads(path.read_text())
+        data[key] = value
+        path.write_text(json.dumps(data))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "model.json").unlink(), "not a run or a model"),
+        (lambda d: (d / "grammar.json").unlink(), "grammar.json: no such file"),
+        (lambda d: (d / "grammar.json").write_text("{"), "not JSON"),
+        (lambda d: (d / "weights.safetensors").write_bytes(b"short"), "not a whole safetensors file"),
+        (damage_json("size", 1024), "has 384 ids, its vocabulary.json 1024"),
+        (damage_json("blocks", {}), "no block 'image'"),
+        (lambda d: (d / "tokenizers" / "image" / "weights.safetensors").unlink(), "no such file"),
+    ],
+)
+def test_damaged_directories_are_named(tiny_bundle, tmp_path, damage, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_bundle, copy)
+    damage(copy)
+    with pytest.raises(OmniError, match=message):
+        omni.load(copy)
+
+
+def test_a_model_without_a_tokenizer_still_gives_logits_and_says_what_is_missing(tiny_bundle, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_bundle, copy)
+    shutil.rmtree(copy / "tokenizers" / "image")
+    model = omni.load(copy)
+    assert model.logits(np.zeros((1, 3), np.int32)).shape == (1, 3, 384)
+    with pytest.raises(OmniError, match="tokenizers/image"):
+        model.generate(["seven"], want=["image"])
+
+
+def test_constrained_replies_always_parse(tiny_model):
+    """Random weights at temperature 1 wander everywhere; no reply may be malformed, and some would be unconstrained."""
+    requests = [Request(["seven"], None, seed=seed, temperature=1.0, max_tokens=30) for seed in range(64)]
+    replies = tiny_model.generate_batch(requests)
+    for reply in replies:
+        assert reply.well_formed
+        tiny_model.grammar.parse(np.concatenate([tiny_model.grammar.prompt([]), reply.ids]))
+    loose = [Request(["seven"], seed=s, temperature=1.0, max_tokens=30, constrained=False) for s in range(64)]
+    assert not all(reply.well_formed for reply in tiny_model.generate_batch(loose))

@@ -1,0 +1,152 @@
+"""The command line: what it writes, and that bad input gives one clear line and exit 1 or 2, never a traceback."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import soundfile
+
+import omni
+from omni.cli import main
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments) -> tuple[int, str, str]:
+        code = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def test_generate_writes_a_mixed_reply(run, tiny_bundle, tmp_path, tone):
+    soundfile.write(tmp_path / "in.wav", tone, 16000)
+    omni.Image(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "in.png")
+    code, out, err = run(
+        "generate", tiny_bundle, "this is seven:", tmp_path / "in.wav", tmp_path / "in.png",
+        "--want", "image,audio,text", "--out", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    reply = json.loads(out)
+    assert [part["modality"] for part in reply["parts"]] == ["image", "audio", "text"] and reply["well_formed"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["1.png", "2.wav", "3.txt"]
+
+
+def test_inspect_and_doctor_speak_to_people_and_programs(run, tiny_bundle):
+    code, out, _ = run("inspect", tiny_bundle, "--json")
+    described = json.loads(out)
+    assert code == 0 and described["vocabulary"]["blocks"]["image"]["codes"] == 16
+    assert sum(v for k, v in described["parameters"].items() if k.startswith("transformer")) > 10_000
+    assert "image" in run("inspect", tiny_bundle)[1]
+    code, out, _ = run("doctor", "--json")
+    assert code == 0 and all(entry["ok"] for entry in json.loads(out) if entry["required"])
+
+
+def test_tokenizer_codes_go_to_a_file_and_back(run, tiny_bundle, tmp_path, tone):
+    soundfile.write(tmp_path / "in.wav", tone, 16000)
+    directory = tiny_bundle / "tokenizers" / "audio"
+    code, out, _ = run("tokenizer", "encode", directory, tmp_path / "in.wav")
+    assert code == 0 and np.shape(json.loads(out)["codes"]) == (1, 2, 5)
+    (tmp_path / "codes.json").write_text(out)
+    assert run("tokenizer", "decode", directory, tmp_path / "codes.json", tmp_path / "out.wav")[0] == 0
+    assert len(soundfile.read(tmp_path / "out.wav")[0]) == 3200
+    assert run("tokenizer", "encode", directory, "some text")[0] == 2
+    code, out, _ = run("tokenizer", "eval", directory, tmp_path / "in.wav")
+    assert code == 0 and json.loads(out)["mel_distance"] > 0
+    omni.Image(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "in.png")
+    assert run("tokenizer", "eval", directory, tmp_path / "in.png")[0] == 2
+
+
+def huge_png() -> bytes:
+    """A picture of 60,000 x 60,000 pixels by its header."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def wav_bytes(samples, rate=16000) -> bytes:
+    import io
+
+    stream = io.BytesIO()
+    soundfile.write(stream, samples, rate, format="WAV", subtype="FLOAT")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [
+        ("missing.png", None, 2),
+        ("empty.png", b"", 1),
+        ("truncated.png", huge_png()[:30], 1),
+        ("bomb.png", huge_png(), 1),
+        ("text.wav", b"this is no sound", 1),
+        ("empty.wav", wav_bytes(np.zeros(0, np.float32)), 1),
+        ("nan.wav", wav_bytes(np.full(1600, np.nan, np.float32)), 1),
+        ("long.wav", wav_bytes(np.zeros(160000, np.float32)), 1),
+    ],
+)
+def test_bad_files_give_one_line(run, tiny_bundle, tmp_path, name, content, code):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    found, out, err = run("generate", tiny_bundle, tmp_path / name, "--want", "text")
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert found == code and out == "" and len(lines) == 1 and lines[0].startswith("omni: "), err
+
+
+def test_a_sound_of_192_khz_and_8_channels_is_read(run, tiny_bundle, tmp_path):
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (19200, 8))
+    soundfile.write(tmp_path / "wide.wav", noise, 192000)
+    assert run("generate", tiny_bundle, tmp_path / "wide.wav", "--want", "text")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["generate", "MODEL", "seven", "--want", "smell"], 2, "unknown modality 'smell'"),
+        (["generate", "MODEL", "zqx " * 200, "--want", "text"], 1, "reads at most"),
+        (["generate", "MODEL", "seven", "--guidance", "much"], 2, "write a number"),
+        (["generate", "MODEL"], 2, "required"),
+        (["generate", "nowhere", "seven"], 1, "no such directory"),
+        (["generate", "MODEL", "seven", "--wnat", "image"], 2, "unrecognized"),
+        (["inspect", "."], 1, "not a run or a model"),
+        (["train"], 2, "experiment file"),
+        (["train", "nowhere.py"], 2, "no such experiment"),
+        (["quickstart", "--imagee-variants", "3"], 2, "--image-variants"),
+        (["quickstart", "--image-variants", "many"], 2, "image-variants"),
+        (["fly"], 2, "invalid choice"),
+        (["eval", "."], 1, "no run of the digits recipe"),
+    ],
+)
+def test_wrong_usage_says_what_is_right(run, tiny_bundle, tmp_path, monkeypatch, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    found, out, err = run(*[str(tiny_bundle) if a == "MODEL" else a for a in arguments])
+    assert found == code, err
+    assert message in out + err and "Traceback" not in out + err
+
+
+def test_help_needs_no_heavy_import():
+    """`omni --help` must answer at once, so the command line may not import jax before a verb runs."""
+    code = "import sys, omni.cli; omni.cli.make_parser(); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_export_writes_a_directory_that_loads(run, tiny_bundle, tmp_path):
+    code, out, err = run("export", tiny_bundle, tmp_path / "exported", "--dtype", "float16")
+    assert code == 0 and "MB" in out, err
+    assert omni.load(tmp_path / "exported").generate(["seven"], want=["image"]).well_formed
+    assert run("export", tiny_bundle, tmp_path / "exported")[0] == 2

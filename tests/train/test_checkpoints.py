@@ -1,0 +1,201 @@
+"""Checkpoints: only committed ones count, a failed write spoils none, and any mesh can read them."""
+
+import dataclasses
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from training_cases import regression
+
+from omni.sharding import MeshConfig, ShardingRules, make_mesh, sharding_tree
+from omni.train.checkpoints import Checkpoints, restore_params
+from omni.train.loop import train
+from omni.train.step import make_state
+from omni_tokenizers.errors import OmniError
+
+SCRIPT = Path(__file__).parent / "training_cases.py"
+
+
+def state_and_shapes(config):
+    def make():
+        return make_state(config.task, config.optimizer, config.steps, config.seed)[1]
+
+    abstract = jax.eval_shape(make)
+    shardings = sharding_tree(abstract, ShardingRules(), make_mesh(MeshConfig()))
+    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    return jax.jit(make, out_shardings=shardings)(), shapes
+
+
+def at_step(state, step):
+    return dataclasses.replace(state, step=state.step * 0 + step)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run with checkpoints at steps 1 and 2."""
+    state, shapes = state_and_shapes(regression(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    checkpoints = Checkpoints(tmp_path, 2, {"vocabulary": {"size": 128}})
+    for step in (1, 2):
+        checkpoints.save(at_step(state, step), {"next_index": step})
+    checkpoints.wait()
+    return tmp_path, checkpoints, state, shapes
+
+
+def test_round_trip(saved):
+    """State and data position come back as they were, and only the newest stay."""
+    directory, checkpoints, state, shapes = saved
+    restored, data = checkpoints.restore(shapes)
+    assert data == {"next_index": 2}
+    assert int(restored.step) == 2
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(at_step(state, 2)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    checkpoints.save(at_step(state, 3), {"next_index": 3})
+    checkpoints.wait()
+    assert sorted(path.name for path in (directory / "checkpoints").glob("[0-9]*")) == ["2", "3"]
+
+
+def test_state_may_change_once_save_returns(tmp_path):
+    """What is written is the state at the call, though its buffers are given to the next step while it is written."""
+    state, shapes = state_and_shapes(regression(tmp_path, width=50_000))
+    expected = jax.tree.map(np.array, state)
+    checkpoints = Checkpoints(tmp_path, 2, {})
+    spoil = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
+    checkpoints.save(state, {})
+    spoiled = spoil(state)
+    jax.block_until_ready(spoiled)
+    checkpoints.wait()
+    for a, b in zip(jax.tree.leaves(checkpoints.restore(shapes)[0]), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_uncommitted_steps_are_never_chosen(saved):
+    """What an interrupted write or an interrupted removal leaves behind is passed over, by every reader."""
+    directory, checkpoints, state, shapes = saved
+    with checkpoints:
+        pass
+    root = directory / "checkpoints"
+    half = root / "3.orbax-checkpoint-tmp-0"
+    shutil.copytree(root / "2", half)
+    next((half / "state").glob("d/*")).unlink()
+    shutil.rmtree(root / "1" / "state")
+    shutil.rmtree(root / "1" / "data")
+    again = Checkpoints(directory, 2, {"vocabulary": {"size": 128}})
+    assert again.latest() == 2
+    assert int(again.restore(shapes)[0].step) == 2
+    restore_params(directory)
+    again.save(at_step(state, 3), {"next_index": 3})
+    again.wait()
+    assert int(again.restore(shapes)[0].step) == 3
+
+
+def test_another_vocabulary_is_refused(saved):
+    """A checkpoint made with another vocabulary is refused, and the difference shown."""
+    directory, _, _, shapes = saved
+    other = Checkpoints(directory, 2, {"vocabulary": {"size": 256}})
+    with pytest.raises(OmniError, match=r"another vocabulary \(size: 256 here, 128 there"):
+        other.restore(shapes)
+
+
+def test_damaged_checkpoint_is_one_line(saved):
+    """A checkpoint whose files are gone is named in one line."""
+    directory, checkpoints, _, shapes = saved
+    shutil.rmtree(directory / "checkpoints" / "2" / "state")
+    for read in (lambda: checkpoints.restore(shapes), lambda: restore_params(directory)):
+        with pytest.raises(OmniError, match="checkpoints/2") as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
+def test_no_run_is_one_line(tmp_path):
+    """A directory that is no run, and a run without a checkpoint, are said to be that."""
+    with pytest.raises(OmniError, match=r"config\.json"):
+        restore_params(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(OmniError, match="no checkpoint there yet"):
+        restore_params(tmp_path)
+
+
+@pytest.fixture
+def small_disk():
+    """Files can grow to 256 KiB only: as on a full disk, writing more fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, before[1]))
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's abandoned writes
+def test_full_disk(tmp_path, small_disk):
+    """A checkpoint that the disk does not take is one line that names the last good one, which still loads."""
+    small, shapes = state_and_shapes(regression(tmp_path, width=16))
+    large, _ = state_and_shapes(regression(tmp_path, width=400_000))
+    (tmp_path / "config.json").write_text("{}")
+    checkpoints = Checkpoints(tmp_path, 2, {})
+    with checkpoints, pytest.raises(OmniError, match=r"could not be written.*the one of step 1 is whole") as error:
+        checkpoints.save(at_step(small, 1), {"next_index": 1})
+        checkpoints.wait()
+        checkpoints.save(at_step(large, 2), {"next_index": 2})
+        checkpoints.wait()
+    assert "\n" not in str(error.value)
+    small_disk()
+    again = Checkpoints(tmp_path, 2, {})
+    assert again.latest() == 1
+    for a, b in zip(jax.tree.leaves(again.restore(shapes)[0]), jax.tree.leaves(at_step(small, 1)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    restore_params(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_full_disk_ends_a_run(tmp_path, small_disk):
+    """A run whose checkpoint the disk does not take ends with that line, and goes on when there is room."""
+    config = regression(tmp_path / "run", width=400_000, steps=2)
+    with pytest.raises(OmniError, match="checkpoint could not be written"):
+        train(config)
+    small_disk()
+    assert int(train(config).step) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["first step", "between checkpoints", "inside a checkpoint's writing"])
+def test_kill_at_any_moment(tmp_path, moment):
+    """`kill -9`, then the same command: the final state has the bits of an undisturbed run's."""
+    settings = ["steps=60", "checkpoint_every=20", "log_every=1", "width=300000"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    run = tmp_path / "run"
+    command = [sys.executable, str(SCRIPT), "regression", str(run), *settings]
+    root = run / "checkpoints"
+
+    def reached() -> bool:
+        logged = (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").exists() else 0
+        if moment == "first step":
+            return logged >= 1
+        if moment == "between checkpoints":
+            return (root / "20").exists() and logged >= 25
+        return (root / "20").exists() and any(root.glob("40.*"))
+
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while not reached():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.0005)
+    process.kill()
+    process.wait()
+    assert not (run / "finished.json").exists()
+    if moment.startswith("inside"):
+        assert list(root.glob("40.*")) and not (root / "40").exists()
+    subprocess.run(command, env=environment, check=True)
+    undisturbed = train(regression(tmp_path / "undisturbed", steps=60, checkpoint_every=20, width=300_000))
+    _, shapes = state_and_shapes(regression(run, steps=60, width=300_000))
+    resumed, _ = Checkpoints(run, 2, {}).restore(shapes)
+    for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(undisturbed), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -1,0 +1,167 @@
+"""The loop: an interrupted run ends where an undisturbed one does, to the last bit, and its log holds no step twice."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from training_cases import Regression, regression
+
+from omni.sharding import MeshConfig
+from omni.train import metrics as metrics_module
+from omni.train.checkpoints import restore_params
+from omni.train.loop import train
+from omni.train.metrics import MetricsLog, read_metrics
+from omni_tokenizers.errors import OmniError, UsageError
+
+
+def assert_same_bits(first, second):
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def without_times(lines):
+    return [{name: value for name, value in line.items() if name != "steps_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(final state, log) of a run that nothing interrupts."""
+    config = regression(tmp_path_factory.mktemp("undisturbed") / "run", log_every=1)
+    return train(config), read_metrics(config.output)
+
+
+def stop_at(monkeypatch, step, action):
+    """`action` happens when the step is logged."""
+    write = MetricsLog.write
+
+    def writing(self, at, values):
+        write(self, at, values)
+        if at == step:
+            action()
+
+    monkeypatch.setattr(MetricsLog, "write", writing)
+
+
+def crash():
+    raise RuntimeError("crash")
+
+
+@pytest.mark.parametrize("step", [2, 4, 11])
+def test_resumed_equals_undisturbed(tmp_path, monkeypatch, undisturbed, step):
+    """A crash before, at or after a checkpoint changes no bit of parameters, moments, averages, statistics and log."""
+    config = regression(tmp_path / "run", log_every=1)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
+        stop_at(patch, step, crash)
+        train(config)
+    assert not (tmp_path / "run" / "finished.json").exists()
+    state = train(config)
+    assert_same_bits(state, undisturbed[0])
+    assert without_times(read_metrics(config.output)) == without_times(undisturbed[1])
+
+
+def test_interrupt_saves(tmp_path, monkeypatch, undisturbed):
+    """Ctrl-C ends the run with a checkpoint of that very step and one line; the same command goes on."""
+    config = regression(tmp_path / "run", log_every=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="saved at step 7: the same command"):
+        stop_at(patch, 6, lambda: os.kill(os.getpid(), signal.SIGINT))
+        train(config)
+    assert (tmp_path / "run" / "checkpoints" / "7").exists()
+    assert_same_bits(train(config), undisturbed[0])
+    assert [line["step"] for line in read_metrics(config.output)] == list(range(1, 13))
+
+
+def test_finished_run_returns_at_once(tmp_path, monkeypatch):
+    """What is finished is not touched; a longer run goes on from it."""
+    config = regression(tmp_path / "run", steps=4)
+    train(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(Regression, "dataset", lambda *_: crash())
+        assert train(config) is None
+    longer = train(regression(tmp_path / "run", steps=6))
+    assert int(longer.step) == 6
+    (tmp_path / "run" / "finished.json").unlink()
+    with pytest.raises(UsageError, match="at step 6 already"):
+        train(config)
+
+
+def test_killed_before_the_end_was_written(tmp_path, monkeypatch):
+    """A run that stopped between its last checkpoint and the end only writes what is missing."""
+    config = regression(tmp_path / "run", steps=4)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(Regression, "save", lambda *_: crash())
+        train(config)
+    assert int(train(config).step) == 4
+    assert (tmp_path / "run" / "net.npz").exists()
+    assert json.loads((tmp_path / "run" / "finished.json").read_text()) == {"steps": 4}
+
+
+def test_saved_net_is_the_averaged_one(tmp_path):
+    """What is written in the end and what `restore_params` reads are the averages, with the configuration."""
+    config = regression(tmp_path / "run", steps=4)
+    state = train(config)
+    params, found = restore_params(tmp_path / "run")
+    saved = np.load(tmp_path / "run" / "net.npz")
+    assert (saved["kernel"] != state.params["up"]["kernel"][...]).any()
+    np.testing.assert_array_equal(saved["kernel"], state.ema["up"]["kernel"][...])
+    np.testing.assert_array_equal(saved["mean"], state.rest["mean"][...])
+    np.testing.assert_array_equal(params["up"]["kernel"], saved["kernel"])
+    assert found["task"]["type"] == "Regression"
+    plain = regression(tmp_path / "plain", steps=4, ema_decay=0.0)
+    state = train(plain)
+    params, _ = restore_params(tmp_path / "plain")
+    np.testing.assert_array_equal(params["up"]["kernel"], state.params["up"]["kernel"][...])
+
+
+def test_other_settings_are_refused(tmp_path):
+    """Another run's directory is refused with the keys that differ; how often it logs may change."""
+    train(regression(tmp_path / "run", steps=2))
+    with pytest.raises(OmniError, match=r"task\.width: 8 here, 16 there; seed: 1 here, 0 there") as error:
+        train(regression(tmp_path / "run", steps=2, width=8, seed=1))
+    assert "\n" not in str(error.value)
+    assert train(regression(tmp_path / "run", steps=2, log_every=1, keep=5)) is None
+
+
+def test_loss_that_is_no_number_stops(tmp_path):
+    """A run whose loss is not finite ends before such a state is saved."""
+    with pytest.raises(OmniError, match="not finite"):
+        train(regression(tmp_path / "run", explode=True, log_every=100, checkpoint_every=3))
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    """A batch that does not split into microbatches and a mesh that the devices cannot make are usage errors."""
+    with pytest.raises(UsageError, match="multiple of 3"):
+        train(regression(tmp_path / "a", accumulation=3))
+    with pytest.raises(UsageError, match="does not fit"):
+        train(regression(tmp_path / "b", mesh=MeshConfig(tensor=3, data=1)))
+    with pytest.raises(UsageError, match="steps is 0"):
+        regression(tmp_path / "c", steps=0)
+
+
+def test_held_out_batches_are_measured(tmp_path):
+    """Held-out metrics stand in the log at every checkpoint, and only there."""
+    config = regression(tmp_path / "run", steps=6, log_every=1, checkpoint_every=3)
+    train(config)
+    assert [line["step"] for line in read_metrics(config.output) if "held_out/loss" in line] == [3, 6]
+
+
+def test_log_drops_what_comes_again(tmp_path):
+    """Reopened at a step, the log loses what lies behind it, and a line that was cut off."""
+    with MetricsLog(tmp_path, 0) as log:
+        for step in range(1, 6):
+            log.write(step, {"loss": float(step)})
+    with (tmp_path / metrics_module.FILE).open("a") as file:
+        file.write('{"step": 6, "lo')
+    with MetricsLog(tmp_path, 3) as log:
+        log.write(4, {"loss": 40.0})
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def test_means_are_weighted():
+    """The mean over steps weighs each by its weight and leaves out what weighs nothing."""
+    first = {"a": (np.float32(2), np.float32(1)), "b": (np.float32(0), np.float32(0))}
+    second = {"a": (np.float32(4), np.float32(3)), "b": (np.float32(0), np.float32(0))}
+    assert metrics_module.mean([first, second]) == {"a": 1.5}

@@ -1,0 +1,197 @@
+"""The interface of every tokenizer, and its directory: tokenizer.json and weights.safetensors."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+import typing
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from omni_tokenizers import weights
+from omni_tokenizers.codes import Codes
+from omni_tokenizers.errors import OmniError
+
+DESCRIPTION = "tokenizer.json"
+WEIGHTS = "weights.safetensors"
+_LARGEST_DESCRIPTION = 1 << 20
+
+# "type" in tokenizer.json -> where its class is; imported when a directory names it.
+TYPES = {
+    "image_vq": "omni_tokenizers.image:ImageTokenizer",
+    "audio_spectral": "omni_tokenizers.audio:AudioTokenizer",
+    "text_sentencepiece": "omni_tokenizers.text:TextTokenizer",
+}
+
+
+class Tokenizer(abc.ABC):
+    """Turns data of one modality into integer codes and back."""
+
+    type: ClassVar[str]
+    """Name in tokenizer.json, a key of `TYPES`."""
+    modality: ClassVar[str]
+    """"text", "image" or "audio"."""
+    codebook_sizes: tuple[int, ...]
+    """Number of codes of each codebook."""
+    hash: str
+    """First 16 hex digits of SHA-256 over configuration and weights: codes of another hash mean something else."""
+
+    @abc.abstractmethod
+    def encode(self, x) -> Any:
+        """Codes of `x`."""
+
+    @abc.abstractmethod
+    def decode(self, codes) -> Any:
+        """Data of codes (Codes or a bare integer array)."""
+
+    @abc.abstractmethod
+    def save(self, directory: epath.PathLike) -> None:
+        """Writes the tokenizer's directory."""
+
+    @classmethod
+    @abc.abstractmethod
+    def from_directory(cls, directory: epath.Path, description: dict) -> Self:
+        """Reads what `save` wrote; `description` is the content of tokenizer.json."""
+
+
+class NetTokenizer(Tokenizer):
+    """A tokenizer made of a frozen dataclass `config` and an nnx net built from it (image and audio).
+
+    Subclasses set `config_class` and `net_class` (built as ``net_class(config, rngs=...)``) and prepare what they need
+    after ``super().__init__(config, net)``.
+    """
+
+    config_class: ClassVar[type]
+    net_class: ClassVar[type]
+
+    def __init__(self, config, net: nnx.Module):
+        self.config = config
+        self.graphdef, self.state = nnx.split(nnx.clone(net))
+        self.hash = fingerprint(dataclasses.asdict(config), weights.flatten(self.state))
+
+    @property
+    def net(self) -> nnx.Module:
+        """A copy of the net with its present weights."""
+        return nnx.merge(self.graphdef, self.state, copy=True)
+
+    @abc.abstractmethod
+    def encode(self, x) -> Codes:
+        """Codes of `x`."""
+
+    def save(self, directory: epath.PathLike, *, dtype: str = "float32") -> None:
+        """Writes tokenizer.json and weights.safetensors; `dtype` is how parameters (not codebooks) are stored."""
+        tensors = weights.flatten(self.state)
+        parameters = weights.flatten(nnx.filter_state(self.state, nnx.Param))
+        tensors |= weights.rounded(parameters, dtype)
+        config = dataclasses.asdict(self.config)
+        directory = epath.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        weights.write(directory / WEIGHTS, tensors)
+        write_description(directory, {"type": self.type, "config": config, "hash": fingerprint(config, tensors)})
+
+    @classmethod
+    def from_directory(cls, directory: epath.Path, description: dict) -> Self:
+        config = config_from_dict(cls.config_class, description.get("config"), str(directory / DESCRIPTION))
+        tensors = weights.read(directory / WEIGHTS)
+        # Shapes only: a description asking for a huge net fails on the first tensor, not on memory.
+        abstract = nnx.eval_shape(lambda: cls.net_class(config, rngs=nnx.Rngs(0)))
+        graphdef, state = nnx.split(abstract)
+        state = weights.unflatten(state, tensors, str(directory / WEIGHTS))
+        return cls(config, nnx.merge(graphdef, state))
+
+
+def load(directory: epath.PathLike) -> Tokenizer:
+    """Opens the tokenizer saved in `directory`, of whichever type.
+
+    Raises:
+        OmniError: no tokenizer there, an unknown type, or files that are damaged or do not belong together.
+    """
+    directory = epath.Path(directory)
+    description = read_description(directory)
+    kind = description.get("type")
+    if not isinstance(kind, str) or kind not in TYPES:
+        known = ", ".join(sorted(TYPES))
+        raise OmniError(f"{directory / DESCRIPTION}: unknown tokenizer type {kind!r}; known types are {known}")
+    module, _, name = TYPES[kind].partition(":")
+    tokenizer = getattr(importlib.import_module(module), name).from_directory(directory, description)
+    if tokenizer.hash != description.get("hash"):
+        raise OmniError(
+            f"{directory}: weights and configuration have the hash {tokenizer.hash}, {DESCRIPTION} says "
+            f"{description.get('hash')}; the files are damaged or of different tokenizers"
+        )
+    return tokenizer
+
+
+def write_description(directory: epath.Path, description: dict) -> None:
+    """Writes tokenizer.json."""
+    (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def read_description(directory: epath.Path) -> dict:
+    """The content of tokenizer.json.
+
+    Raises:
+        OmniError: missing, too large, or not a JSON object.
+    """
+    path = directory / DESCRIPTION
+    if not path.exists():
+        raise OmniError(f"{directory}: no {DESCRIPTION} there, so this is not a saved tokenizer")
+    if path.stat().length > _LARGEST_DESCRIPTION:
+        raise OmniError(f"{path}: larger than {_LARGEST_DESCRIPTION} bytes, so not a description of a tokenizer")
+    try:
+        description = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise OmniError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(description, dict):
+        raise OmniError(f"{path}: expected a JSON object, found {type(description).__name__}")
+    return description
+
+
+def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
+    """First 16 hex digits of SHA-256 over a configuration and named arrays (floating point ones as float32)."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        value = value if value.dtype.kind in "biu" else value.astype(np.float32)
+        digest.update(f"\n{name} {value.dtype.str} {list(value.shape)}\n".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def config_from_dict(cls: type, values: Any, source: str):
+    """A configuration dataclass from JSON values; lists become tuples.
+
+    Raises:
+        OmniError: not an object, an unknown key (the nearest is named), or a value of another type.
+    """
+    if not isinstance(values, dict):
+        raise OmniError(f"{source}: 'config' must be a JSON object, found {type(values).__name__}")
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(hints)}"
+            raise OmniError(f"{source}: unknown key {key!r} in 'config'{hint}")
+        if not _fits(value, hints[key]):
+            raise OmniError(f"{source}: 'config' has {key} = {value!r}, which is not of the type {hints[key]}")
+    try:
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    except OmniError as error:
+        raise OmniError(f"{source}: {error}") from None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, list) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if hint is float:
+        return type(value) in (int, float)
+    if isinstance(hint, type):
+        return type(value) is hint
+    return True

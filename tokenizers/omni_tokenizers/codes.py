@@ -1,0 +1,55 @@
+"""Codes: what an encoder returns and a decoder takes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Int
+
+from omni_tokenizers.errors import OmniError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Codes:
+    """Integer codes with what exact decoding needs besides; ``np.asarray(codes)`` gives the ids."""
+
+    ids: Int[np.ndarray, "batch ..."]
+    """int32: images [batch, rows, columns], sound [batch, codebooks, frames]"""
+    lengths: Int[np.ndarray, " batch"] | None = None
+    """Sound: true lengths in samples; None where every item fills its frames."""
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.array(self.ids, dtype=dtype, copy=True) if copy else np.asarray(self.ids, dtype=dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the ids."""
+        return self.ids.shape
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        return f"Codes(ids=int32{list(self.ids.shape)}{'' if self.lengths is None else ', lengths'})"
+
+
+def as_codes(codes, *, axes: tuple[str, ...], size: int) -> Codes:
+    """Codes or any integer array as checked `Codes`.
+
+    Args:
+        axes: names of the axes, for the error message and the number of dimensions.
+        size: codebook size; every id must lie in 0 .. size - 1.
+    Raises:
+        OmniError: not integers, another number of dimensions, or an id out of range.
+    """
+    ids = np.asarray(codes)
+    if ids.dtype.kind not in "iu":
+        raise OmniError(f"codes must be integers, got {ids.dtype}; pass what encode returned")
+    if ids.ndim != len(axes):
+        raise OmniError(f"codes must have the axes [{', '.join(axes)}], got the shape {list(ids.shape)}")
+    outside = (ids < 0) | (ids >= size)
+    if outside.any():
+        raise OmniError(f"code {ids[outside][0]} is outside the codebook, which holds 0 to {size - 1}")
+    lengths = codes.lengths if isinstance(codes, Codes) else None
+    return Codes(ids.astype(np.int32), lengths)

@@ -1,0 +1,252 @@
+"""Convolutional vector-quantised image tokenizer (VQ-VAE, van den Oord et al. 2017) made mostly of matrix products.
+
+A space-to-depth stem takes whole patches at once, so that every convolution runs at low resolution: cheap on a CPU and
+full-width on a TPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+
+from omni_tokenizers.base import NetTokenizer
+from omni_tokenizers.codes import Codes, as_codes
+from omni_tokenizers.errors import OmniError, UsageError
+from omni_tokenizers.quantizers import EMAVectorQuantizer, Quantized, VectorQuantizerConfig
+
+_CHUNK = 256
+# Bounds for descriptions that come with files from elsewhere.
+_LARGEST = 1 << 20
+_DEEPEST = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTokenizerConfig:
+    """A square-image tokenizer; the default turns 32 x 32 pixels into 4 x 4 codes."""
+
+    image_size: int = 32
+    """Height and width in pixels."""
+    patch_size: int = 4
+    """Pixels along each side of the patches that the stem reads."""
+    channels: int = 64
+    """Channels of the first stage."""
+    multipliers: tuple[int, ...] = (1, 2)
+    """Channels of each stage as multiples of `channels`; each stage after the first halves the resolution."""
+    residual_blocks: int = 1
+    """Residual blocks in each stage, in the encoder and in the decoder."""
+    codebook_size: int = 512
+    """Number of codes."""
+    code_dim: int = 16
+    """Width of a code vector."""
+    commitment: float = 0.25
+    """Weight of the commitment loss."""
+    absolute_weight: float = 0.1
+    """Weight of the absolute error (L1) beside the squared error (L2)."""
+    decay: float = 0.9
+    """Decay of the codebook's moving averages; short runs need it to follow the encoder quickly."""
+
+    def __post_init__(self):
+        sizes = (self.image_size, self.patch_size, self.channels, *self.multipliers, self.codebook_size, self.code_dim)
+        if max(sizes) > _LARGEST or max(len(self.multipliers), self.residual_blocks) > _DEEPEST:
+            raise UsageError(f"sizes go up to {_LARGEST}, stages and residual_blocks up to {_DEEPEST}")
+        if min(self.image_size, self.patch_size, self.channels, *self.multipliers, len(self.multipliers)) < 1:
+            raise UsageError(
+                "image_size, patch_size, channels and multipliers must be positive, with one stage at least"
+            )
+        _ = self.quantizer  # checks its own settings
+        if self.image_size % self.downsampling:
+            raise UsageError(
+                f"image_size {self.image_size} is no multiple of {self.downsampling}, "
+                f"the pixels a code stands for with patch_size {self.patch_size} and {len(self.multipliers)} stages"
+            )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels along each side of what one code stands for."""
+        return self.patch_size * 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def quantizer(self) -> VectorQuantizerConfig:
+        """The codebook's configuration."""
+        return VectorQuantizerConfig(self.codebook_size, self.code_dim, self.decay, self.commitment)
+
+
+class ResidualBlock(nnx.Module):
+    """x + conv(silu(conv(silu(norm(x))))): 3 x 3, then 1 x 1."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.norm = nnx.RMSNorm(channels, rngs=rngs)
+        self.mix = Convolution(channels, channels, rngs=rngs)
+        self.out = nnx.Linear(channels, channels, rngs=rngs, kernel_init=nnx.initializers.zeros)
+
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
+        return x + self.out(nnx.silu(self.mix(nnx.silu(self.norm(x)))))
+
+
+class Convolution(nnx.Module):
+    """3 x 3 convolution with zero padding, as one matrix product over nine shifted copies (on a CPU twice as fast)."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(9 * inputs, outputs, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "batch height width inputs"]) -> Float[Array, "batch height width outputs"]:
+        height, width = x.shape[1:3]
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+        return self.linear(jnp.concatenate(shifted, -1))
+
+
+class ImageVQ(nnx.Module):
+    """Encoder, quantiser and mirrored decoder."""
+
+    def __init__(self, config: ImageTokenizerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        pixels = 3 * config.patch_size**2
+
+        def blocks(width):
+            return nnx.List([ResidualBlock(width, rngs=rngs) for _ in range(config.residual_blocks)])
+
+        pairs = list(itertools.pairwise(widths))
+        self.stem = nnx.Linear(pixels, widths[0], rngs=rngs)
+        self.encoder = nnx.List([blocks(width) for width in widths])
+        self.down = nnx.List([nnx.Linear(4 * inner, outer, rngs=rngs) for inner, outer in pairs])
+        self.to_code = nnx.Linear(widths[-1], config.code_dim, rngs=rngs)
+        self.quantizer = EMAVectorQuantizer(config.quantizer, rngs=rngs)
+        self.from_code = Convolution(config.code_dim, widths[-1], rngs=rngs)
+        self.decoder = nnx.List([blocks(width) for width in widths])
+        self.up = nnx.List([nnx.Linear(outer, 4 * inner, rngs=rngs) for inner, outer in pairs])
+        self.norm = nnx.RMSNorm(widths[0], rngs=rngs)
+        self.head = nnx.Linear(widths[0], pixels, rngs=rngs)
+
+    def latents(self, image: Float[Array, "batch height width 3"]) -> Float[Array, "batch rows columns dim"]:
+        """Continuous latents of images within [-1, 1]."""
+        x = self.stem(space_to_depth(image, self.config.patch_size))
+        for stage, blocks in enumerate(self.encoder):
+            x = self.down[stage - 1](space_to_depth(x, 2)) if stage else x
+            for block in blocks:
+                x = block(x)
+        return self.to_code(x)
+
+    def reconstruct(self, latents: Float[Array, "batch rows columns dim"]) -> Float[Array, "batch height width 3"]:
+        """Images, about within [-1, 1], of quantised latents."""
+        x = self.from_code(latents)
+        for stage in reversed(range(len(self.decoder))):
+            for block in self.decoder[stage]:
+                x = block(x)
+            x = depth_to_space(self.up[stage - 1](x), 2) if stage else x
+        return depth_to_space(self.head(nnx.silu(self.norm(x))), self.config.patch_size)
+
+    def encode(self, image: UInt8[Array, "batch height width 3"]) -> Int[Array, "batch rows columns"]:
+        """Codes of images."""
+        return self.quantizer(self.latents(normalized(image)), training=False).codes
+
+    def decode(self, codes: Int[Array, "batch rows columns"]) -> UInt8[Array, "batch height width 3"]:
+        """Images of codes."""
+        pixels = self.reconstruct(self.quantizer.lookup(codes))
+        return jnp.round(jnp.clip((pixels + 1) * 127.5, 0, 255)).astype(jnp.uint8)
+
+    def loss(
+        self, batch: dict[str, Array], key: PRNGKeyArray | None, *, training: bool
+    ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, tuple[Array, Array]]]:
+        """Training loss of ``batch["image"]`` [batch, height, width, 3] (uint8, or floating point within [-1, 1]).
+
+        Returns:
+            total: weight x (squared error + absolute_weight x absolute error + commitment), means over pixels.
+            weight: the number of pictures.
+            metrics: name -> (total, weight).
+        """
+        image = normalized(batch["image"])
+        result: Quantized = self.quantizer(self.latents(image), key, training=training)
+        error = self.reconstruct(result.quantized) - image
+        squared = jnp.square(error).mean((1, 2, 3))
+        weight = jnp.float32(len(image))
+        reconstruction = (squared + self.config.absolute_weight * jnp.abs(error).mean((1, 2, 3))).sum()
+        values = {
+            "reconstruction": reconstruction,
+            # Pixels span 2, so the peak signal is 2.
+            "psnr": (-10 * jnp.log10(jnp.maximum(squared / 4, 1e-10))).sum(),
+            "commitment": weight * result.commitment,
+            "perplexity": weight * result.perplexity,
+            "usage": weight * result.usage,
+        }
+        metrics = {name: (value, weight) for name, value in values.items()}
+        return reconstruction + weight * result.commitment, weight, metrics
+
+
+class ImageTokenizer(NetTokenizer):
+    """Images uint8 [batch, H, W, 3] to codes int32 [batch, rows, columns] and back."""
+
+    type = "image_vq"
+    modality = "image"
+    config_class = ImageTokenizerConfig
+    net_class = ImageVQ
+
+    def __init__(self, config: ImageTokenizerConfig, net: ImageVQ):
+        super().__init__(config, net)
+        side = config.image_size // config.downsampling
+        self.image_size = config.image_size
+        self.grid = (side, side)
+        self.codebook_sizes = (config.codebook_size,)
+        self._encode = jax.jit(lambda state, image: nnx.merge(self.graphdef, state).encode(image))
+        self._decode = jax.jit(lambda state, codes: nnx.merge(self.graphdef, state).decode(codes))
+
+    def encode(self, x: UInt8[np.ndarray, "batch height width 3"]) -> Codes:
+        """Codes [batch, rows, columns].
+
+        Raises:
+            OmniError: not uint8, or not [batch, image_size, image_size, 3].
+        """
+        x = np.asarray(x)
+        wanted = (self.image_size, self.image_size, 3)
+        if x.dtype != np.uint8:
+            raise OmniError(f"images must be uint8 (0 to 255), got {x.dtype}; convert them first")
+        if x.ndim != 4 or x.shape[1:] != wanted:
+            raise OmniError(f"images must be [batch, {', '.join(map(str, wanted))}], got {list(x.shape)}; resize them")
+        return Codes(self._in_chunks(self._encode, x, self.grid, np.int32))
+
+    def decode(self, codes: Codes | Int[np.ndarray, "batch rows columns"]) -> UInt8[np.ndarray, "batch height width 3"]:
+        """Images of codes.
+
+        Raises:
+            OmniError: codes of another shape or type, or out of range.
+        """
+        ids = as_codes(codes, axes=("batch", "rows", "columns"), size=self.codebook_sizes[0]).ids
+        if ids.shape[1:] != self.grid:
+            raise OmniError(f"codes must be [batch, {self.grid[0]}, {self.grid[1]}], got {list(ids.shape)}")
+        return self._in_chunks(self._decode, ids, (self.image_size, self.image_size, 3), np.uint8)
+
+    def _in_chunks(self, function, x: np.ndarray, shape: tuple[int, ...], dtype) -> np.ndarray:
+        """Applies a jitted function by chunks padded to powers of two, so that few shapes compile."""
+        results = [np.zeros((0, *shape), dtype)]
+        for start in range(0, len(x), _CHUNK):
+            chunk = x[start : start + _CHUNK]
+            padding = (1 << (len(chunk) - 1).bit_length()) - len(chunk)
+            padded = np.pad(chunk, ((0, padding),) + ((0, 0),) * (x.ndim - 1))
+            results.append(np.asarray(function(self.state, padded))[: len(chunk)])
+        return np.concatenate(results)
+
+
+def normalized(image: Array) -> Float[Array, "batch height width 3"]:
+    """uint8 pixels as float32 within [-1, 1]; floating point passes through."""
+    return image.astype(jnp.float32) / 127.5 - 1 if image.dtype == jnp.uint8 else image.astype(jnp.float32)
+
+
+def space_to_depth(x: Float[Array, "batch height width channels"], size: int) -> Float[Array, "batch rows columns all"]:
+    """Cuts size x size squares and stacks each square's values as channels."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // size, size, width // size, size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // size, width // size, size * size * channels)
+
+
+def depth_to_space(x: Float[Array, "batch rows columns all"], size: int) -> Float[Array, "batch height width channels"]:
+    """Inverse of `space_to_depth`."""
+    batch, rows, columns, _ = x.shape
+    x = x.reshape(batch, rows, columns, size, size, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, rows * size, columns * size, -1)

@@ -1,0 +1,114 @@
+"""Weights as safetensors: named arrays in and out of nnx states, with errors that name the tensor. Never pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+from flax import nnx
+
+from omni_tokenizers.errors import OmniError
+
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "U32": np.uint32,
+    "BOOL": np.bool_,
+}
+
+
+def flatten(state: nnx.State) -> dict[str, np.ndarray]:
+    """The arrays of an nnx state on the host, under dotted names such as ``encoder.blocks.0.kernel``, sorted."""
+    named = {_name(path): np.asarray(variable[...]) for path, variable in nnx.to_flat_state(state)}
+    return dict(sorted(named.items()))
+
+
+def unflatten(state: nnx.State, tensors: Mapping[str, np.ndarray], source: str = "the weights") -> nnx.State:
+    """A state like `state` (arrays or shapes) that holds `tensors`, each cast to the dtype of its place.
+
+    Raises:
+        OmniError: a tensor is missing, unknown, of another shape or not finite; the message names it and `source`.
+    """
+    flat = {_name(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
+    if missing := sorted(flat.keys() - tensors.keys()):
+        raise OmniError(f"{source}: tensor {missing[0]!r} is missing{_more(missing)}")
+    if extra := sorted(tensors.keys() - flat.keys()):
+        raise OmniError(f"{source}: tensor {extra[0]!r} belongs to no parameter of this net{_more(extra)}")
+    filled = []
+    for name, (path, variable) in flat.items():
+        value, wanted = np.asarray(tensors[name]), variable.get_value()
+        if value.shape != wanted.shape:
+            raise OmniError(f"{source}: tensor {name!r} has the shape {list(value.shape)}, not {list(wanted.shape)}")
+        if not np.isfinite(value.astype(np.float32)).all():
+            raise OmniError(f"{source}: tensor {name!r} holds values that are not finite; the file is damaged")
+        filled.append((path, variable.replace(jnp.asarray(value, wanted.dtype))))
+    return nnx.from_flat_state(filled)
+
+
+def rounded(tensors: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    """`tensors` with floating point ones stored as `dtype` ("float32", "float16" or "bfloat16").
+
+    Raises:
+        OmniError: another dtype, or a value too large for it.
+    """
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise OmniError(f"weights can be stored as float32, float16 or bfloat16, not {dtype!r}")
+    result = {}
+    for name, value in tensors.items():
+        if value.dtype.kind == "f" or value.dtype == ml_dtypes.bfloat16:
+            with np.errstate(over="ignore"):
+                value = value.astype(jnp.dtype(dtype))
+            if not np.isfinite(value.astype(np.float32)).all():
+                raise OmniError(f"tensor {name!r} does not fit {dtype}; store the weights as float32")
+        result[name] = value
+    return result
+
+
+def write(path: epath.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays as one safetensors file, at a local path or in a bucket."""
+    arrays = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in tensors.items()}
+    epath.Path(path).write_bytes(safetensors.numpy.save(arrays))
+
+
+def read(path: epath.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file; floating point ones come back as float32.
+
+    Raises:
+        OmniError: no such file, or not a whole safetensors file.
+    """
+    path = epath.Path(path)
+    try:
+        entries = safetensors.deserialize(path.read_bytes())
+    except OSError:
+        raise OmniError(f"{path}: there is no such file of weights") from None
+    except safetensors.SafetensorError as error:
+        raise OmniError(f"{path}: not a whole safetensors file ({error})") from None
+    return {name: _array(path, name, entry) for name, entry in entries}
+
+
+def _array(path: epath.Path, name: str, entry: dict) -> np.ndarray:
+    if entry["dtype"] not in _DTYPES:
+        raise OmniError(f"{path}: tensor {name!r} has the type {entry['dtype']}, which cannot be read")
+    value = np.frombuffer(bytes(entry["data"]), _DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    floating = value.dtype.kind == "f" or value.dtype == ml_dtypes.bfloat16
+    return value.astype(np.float32) if floating else value
+
+
+def _name(path: tuple) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
