@@ -11,7 +11,7 @@ QUICKSTART = [
     "scikit-learn>=1.6,<1.10",
 ]
 NOTEBOOK = ["ipykernel>=6.29,<8", "nbclient>=0.10,<0.12", "nbformat>=5.10,<6"]
-TEST = [*QUICKSTART, *NOTEBOOK, "hypothesis>=6.100,<7", "pytest>=8.3,<10", "ruff>=0.9,<0.18"]
+TEST = [*QUICKSTART, *NOTEBOOK, "hypothesis>=6.100,<7", "pytest>=8.3,<10", "ruff>=0.9,<0.18", "setuptools>=77,<100"]
 
 setup(
     name="omni-any-to-any",

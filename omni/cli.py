@@ -104,13 +104,13 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate = verb(
         "eval",
         run_eval,
-        "Measure every direction on held-out data; writes evaluation/results.json and report.html into the run.",
+        "Measure every direction on held-out data; writes evaluation/results.json and report.html into RUN.",
         "omni eval runs/quickstart",
     )
     evaluate.add_argument("run_directory", metavar="RUN")
     evaluate.add_argument("--model", help="measure this model on the run's held-out data instead of the run's own")
-    evaluate.add_argument("--output", type=Path, help="where to write instead of the run itself")
-    evaluate.add_argument("--limit", type=int, help="targets per direction, for a quick look")
+    evaluate.add_argument("--output", type=Path, help="where to write instead of RUN, or of RUN/quick")
+    evaluate.add_argument("--limit", type=int, help="targets per direction, for a quick look, written to RUN/quick")
     evaluate.add_argument("--json", action="store_true", help="print the results as JSON")
 
     export = verb(

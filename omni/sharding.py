@@ -178,6 +178,8 @@ def sharding_tree(abstract_state: Any, rules: ShardingRules, mesh: Mesh) -> Any:
     def place(leaf: Any) -> Any:
         if not isinstance(leaf, nnx.Variable):
             return replicated(mesh)
+        if not jax.tree.leaves(leaf):  # an optimiser that leaves this parameter to another one
+            return leaf
         value, axes = leaf.get_value(), leaf.get_metadata().get("axes", ())
         if len(axes) != len(value.shape):  # no axes, or an optimiser's reduced statistics
             return leaf.replace(replicated(mesh))

@@ -1,14 +1,16 @@
 """Token shards: documents as ids, written once and read by number.
 
 A shard directory holds `manifest.json`, `vocabulary.json`, `grammar.json`, `lengths.npy` (int32, a document each) and
-`tokens-*.array_record`, whose records are safetensors: `ids` int32 and `target` uint8.
+`tokens-*.array_record`, whose records are safetensors: `ids` int32 and `target` uint8. `codebooks.safetensors`, where
+there is one, holds the tokenizers' vectors of the codes of vocabulary blocks, float32 `[codes, code_dim]` by block.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,13 +19,14 @@ import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from grain.sources import ArrayRecordDataSource
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from omni.grammar import Grammar, Tokens
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.errors import OmniError
 
 FORMAT = 1
+CODEBOOKS = "codebooks.safetensors"
 DOCUMENTS_PER_SHARD = 1 << 16
 
 
@@ -33,11 +36,13 @@ def write_shards(
     vocabulary: Vocabulary,
     grammar: Grammar,
     provenance: dict[str, Any],
+    codebooks: Mapping[str, Float[np.ndarray, "codes code_dim"]] | None = None,
 ) -> epath.Path:
     """Writes documents as a shard directory, which appears only when it is whole.
 
     Args:
       provenance: JSON that says where the documents come from (data, splits, hashes of the tokenizers ...).
+      codebooks: vocabulary block -> the vectors of its codes, for models that begin with them.
 
     Raises:
       OmniError: the directory exists already, or there are no documents.
@@ -67,6 +72,9 @@ def write_shards(
     writer.close()
     with (partial / "lengths.npy").open("wb") as file:
         np.save(file, np.array(lengths, np.int32))
+    if codebooks:
+        arrays = {name: np.asarray(vectors, np.float32) for name, vectors in codebooks.items()}
+        (partial / CODEBOOKS).write_bytes(safetensors.numpy.save(arrays))
     manifest = {
         "format": FORMAT,
         "documents": len(lengths),
@@ -128,6 +136,25 @@ class TokenShards:
             return safetensors.numpy.load(self._records[index])
         except safetensors.SafetensorError as error:
             raise OmniError(f"{self.directory}: document {index} cannot be read ({error})") from None
+
+    @functools.cached_property
+    def codebooks(self) -> dict[str, Float[np.ndarray, "codes code_dim"]]:
+        """Vocabulary block -> the vectors of its codes; empty where the shards hold none.
+
+        Raises:
+          OmniError: the file is damaged, or a codebook does not fit its block.
+        """
+        path = self.directory / CODEBOOKS
+        if not path.exists():
+            return {}
+        try:
+            codebooks = safetensors.numpy.load(path.read_bytes())
+        except safetensors.SafetensorError as error:
+            raise OmniError(f"{path}: cannot be read ({error}); write the shards anew") from None
+        for name, vectors in codebooks.items():
+            if vectors.ndim != 2 or len(vectors) != len(self.vocabulary.block(name)):
+                raise OmniError(f"{path}: {name} has the shape {list(vectors.shape)}, which does not fit its block")
+        return codebooks
 
     def _check_hash(self, name: str, found: str) -> None:
         if found != self.manifest[name]:

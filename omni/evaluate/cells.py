@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -29,28 +30,37 @@ def model_hash(model: Model) -> str:
 
 
 class Cells:
-    """Results by name in a directory; one made under another key (model, data, settings) counts as not there."""
+    """Results by name, in a directory of their own for each key (model, data, settings).
+
+    An evaluation of something else, such as a quick look, therefore leaves those of a whole one where they are.
+    """
 
     def __init__(self, directory: epath.Path, key: dict[str, Any]):
-        self.directory = directory
-        self.key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.seconds_before = 0.0
+        """What the cells that `measure` only had to read took when they were computed."""
 
-    def get(self, name: str) -> dict | None:
-        """The result of a finished cell."""
-        try:
-            content = json.loads(self._path(name).read_text())
-        except (FileNotFoundError, ValueError):
-            return None
-        return content["result"] if content.get("key") == self.key else None
+    def finished(self, name: str) -> bool:
+        """Whether a cell need not be computed again."""
+        return self._read(name) is not None
 
     def measure(self, name: str, compute: Callable[[], dict]) -> dict:
         """The result of a cell, computed and written unless it was before."""
-        result = self.get(name)
-        if result is None:
-            result = plain(compute())
-            write_json(self._path(name), {"key": self.key, "result": result})
+        content = self._read(name)
+        if content is not None:
+            self.seconds_before += content["seconds"]
+            return content["result"]
+        start = time.monotonic()
+        result = plain(compute())
+        write_json(self._path(name), {"seconds": round(time.monotonic() - start, 2), "result": result})
         return result
+
+    def _read(self, name: str) -> dict | None:
+        try:
+            return json.loads(self._path(name).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
 
     def _path(self, name: str) -> epath.Path:
         return self.directory / f"{name.replace('->', '_to_').replace(' ', '_')}.json"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from omni.bundle import Model
 from omni.evaluate.data import EvaluationData, draw_inputs, seed_of
@@ -17,13 +17,51 @@ from omni.parts import Part
 from omni.reply import Reply
 
 
-def wilson_interval(right: int, count: int) -> list[float]:
+def wilson_interval(right: float, count: float) -> list[float]:
     """95 % interval of a share (Wilson 1927): it stays inside [0, 1] and is no point at 0 % or 100 %."""
     z = 1.959964
     share, scale = right / count, 1 + z * z / count
     middle = (share + z * z / (2 * count)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return [max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def cluster_interval(right: Bool[np.ndarray, " n"], clusters: Sequence[Hashable]) -> list[float]:
+    """95 % interval of the share of `right` where outcomes of one cluster depend on one another.
+
+    Wilson's interval for as many independent outcomes as these are worth (`effective_count`).
+    """
+    count = effective_count(right, clusters)
+    return wilson_interval(float(np.mean(right)) * count, count)
+
+
+def effective_count(right: Bool[np.ndarray, " n"], clusters: Sequence[Hashable]) -> float:
+    """How many independent outcomes give the variance that the clusters' sums show (Kish 1965).
+
+    At most n. At least what is left where every cluster is of one mind, which is also taken where all outcomes are the
+    same: nothing can be seen of the dependence there.
+    """
+    places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
+    own = np.array([places[cluster] for cluster in clusters])
+    sizes, sums = np.bincount(own), np.bincount(own, weights=right)
+    n, share = len(own), float(np.mean(right))
+    of_one_mind = n * n / float((sizes**2).sum())
+    if len(sizes) == 1 or share in (0.0, 1.0):
+        return of_one_mind
+    variance = len(sizes) / (len(sizes) - 1) * float(((sums - share * sizes) ** 2).sum()) / (n * n)
+    return float(np.clip(share * (1 - share) / max(variance, 1e-12), of_one_mind, n))
+
+
+def clusters_of(source: str, inputs: Sequence[Part], replies: Sequence[Reply]) -> list[Hashable]:
+    """What outcomes depend on together: the input, of which there may be fewer than replies.
+
+    Pictures and sounds are a sample, so it is their number that counts, however often each is asked about. Texts are
+    all the words and phrasings that there are, each as often as the next: replies to one of them are independent draws,
+    unless they are the same reply (a greedy model gives no new evidence when asked again).
+    """
+    if source == "text":
+        return [(id(part), reply.ids.tobytes()) for part, reply in zip(inputs, replies, strict=True)]
+    return [id(part) for part in inputs]
 
 
 def measure_direction(
@@ -40,15 +78,16 @@ def measure_direction(
     name = f"{source}->{target}"
     inputs, labels = draw_inputs(data, source, settings.per_direction, seed_of(settings.seed, name))
     replies = ask(model, [[part] for part in inputs], [target], settings, name, progress)
-    right = int(np.sum(judged(judges, replies, target) == labels))
+    right = judged(judges, replies, target) == labels
 
     others, true_labels = draw_inputs(data, source, settings.shuffled, seed_of(settings.seed, name, "shuffled"))
     shown = [others[i] for i in derangement(len(others), seed_of(settings.seed, name, "order"))]
     shuffled_replies = ask(model, [[part] for part in shown], [target], settings, f"{name} shuffled", progress)
     cell = {
-        "accuracy": right / len(labels),
-        "ci95": wilson_interval(right, len(labels)),
+        "accuracy": float(np.mean(right)),
+        "ci95": cluster_interval(right, clusters_of(source, inputs, replies)),
         "n": len(labels),
+        "inputs": len({id(part) for part in inputs}),
         "ceiling": ceiling,
         "shuffled": float(np.mean(judged(judges, shuffled_replies, target) == true_labels)),
         "shuffled_n": len(true_labels),
@@ -81,6 +120,7 @@ def measure_diagonal(
         "accuracy": float(same.mean()),
         "ci95": wilson_interval(int(same.sum()), len(same)),
         "n": len(same),
+        "inputs": len(same),
         "ceiling": ceiling,
         "shuffled": float(shuffled.mean()),
         "shuffled_n": len(shuffled),

@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import time
 from collections.abc import Callable, Mapping
 
 from etils import epath
@@ -25,7 +26,7 @@ from omni.evaluate.tokens import measure_audio_tokenizer, measure_bits, measure_
 from omni.evaluate.variety import measure_variety
 from omni_tokenizers.errors import OmniError
 
-VERSION = 1  # of the measurements: results of another version are not comparable
+VERSION = 2  # of the measurements: results of another version are not comparable
 DIRECTORY, RESULTS, SAMPLES = "evaluation", "results.json", "samples.json"
 
 _TOKENIZER_MEASURES = {"image": measure_image_tokenizer, "audio": measure_audio_tokenizer}
@@ -39,6 +40,7 @@ def evaluate(
     *,
     limit: int | None = None,
     seconds: Mapping[str, float] | None = None,
+    attempts: Mapping[str, int] | None = None,
 ) -> dict:
     """Measures a model; returns the results and writes them to `directory`/evaluation.
 
@@ -47,11 +49,14 @@ def evaluate(
     Args:
       settings: counts and sampling.
       limit: at most so many of everything generated; the signature tells.
-      seconds: stage -> seconds that it took, put into the results.
+      seconds: stage -> seconds that it took, put into the results. The evaluation's own are added as `evaluation` (to
+        what it took to prepare it, where that is given), those of cells that were finished before among them.
+      attempts: stage -> how often it was begun, of stages that were interrupted; put into the results.
 
     Raises:
       OmniError: if scikit-learn is missing, or the model cannot read the data.
     """
+    start = time.monotonic()
     settings = (settings or EvaluationSettings()).limited(limit)
     directory = epath.Path(directory) / DIRECTORY
     key = {"version": VERSION, "judge": judging.VERSION, "model": model_hash(model), "data": data.hash}
@@ -59,7 +64,7 @@ def evaluate(
     cells = Cells(directory / "cells", key | {"settings": counted})
     bench = _Bench(model, data, settings)
     plan = bench.plan()
-    to_do = sum(amount for name, (amount, _) in plan.items() if cells.get(name) is None)
+    to_do = sum(amount for name, (amount, _) in plan.items() if not cells.finished(name))
     measured = {}
     with tqdm(total=to_do, desc="evaluation", unit="reply", smoothing=0.1, dynamic_ncols=True) as bar:
         for name, (_, compute) in plan.items():
@@ -69,7 +74,8 @@ def evaluate(
         "chance": 1 / len(data.words),
         "held_out": {modality: len(examples) for modality, examples in data.test.items()},
         "limit": limit,
-        "seconds": dict(seconds or {}),
+        "seconds": _with_own(seconds or {}, time.monotonic() - start + cells.seconds_before),
+        "attempts": dict(attempts or {}),
         "signature": signature(model, data, settings, key["model"], limit),
     }
     results = plain(results)
@@ -219,6 +225,10 @@ def _results(measured: dict[str, dict]) -> dict:
         "token_agreement": {modality: _share(counts) for modality, counts in kept.items()},
         "tokenizers": {n.removeprefix("tokenizer "): c for n, c in measured.items() if n.startswith("tokenizer ")},
     }
+
+
+def _with_own(seconds: Mapping[str, float], own: float) -> dict[str, float]:
+    return {**seconds, "evaluation": round(seconds.get("evaluation", 0.0) + own, 1)}
 
 
 def _sum(left: list, right: list) -> list:

@@ -12,7 +12,7 @@ from omni.evaluate.data import EvaluationData, draw_inputs, seed_of
 from omni.evaluate.replies import Progress
 from omni.evaluate.settings import EvaluationSettings
 from omni.grammar import ROLES
-from omni.parts import Part
+from omni.parts import Part, Text
 
 ROWS, STEP = 32, 32  # documents in a batch; their lengths are filled up to a multiple of this
 
@@ -97,10 +97,15 @@ def _padded(parts: list[Part], lengths: Int[np.ndarray, " n"]) -> Float[np.ndarr
 def _documents(
     model: Model, data: EvaluationData, direction: tuple[str, str], settings: EvaluationSettings
 ) -> Iterator[Int[np.ndarray, " tokens"]]:
-    """Prompt and target of one class as ids, the end left out."""
+    """Prompt and target of one class as ids, the end left out.
+
+    Text comes in many phrasings as a prompt, but the right reply, which models are taught, is the bare word of a class.
+    """
     source, target = direction
     name = f"bits {source}->{target}"
     targets, labels = draw_inputs(data, target, settings.documents, seed_of(settings.seed, name))
+    if target == "text":
+        targets = [Text(data.words[label]) for label in labels]
     examples = data.test[source]
     rng = np.random.default_rng(seed_of(settings.seed, name, source))
     prompts = [examples.parts[rng.choice(np.flatnonzero(examples.labels == label))] for label in labels]

@@ -132,6 +132,16 @@ class Engine:
         state = replace(state, done=np.arange(size) >= len(requests))
         return self._settings(requests, size, np.array(leader, np.int32), shadow_rows, weight), state
 
+    def _capacity(self, longest: int, max_tokens: int) -> int:
+        """Slots of the cache for prompts padded to `longest`: each token attends to all of them, so they are rounded
+        up more finely than prompts.
+
+        Never more than the context needs: a reply that may fill it has a budget that differs with each prompt, and
+        would be compiled for each anew.
+        """
+        capacity = bucket(longest + max_tokens, step=32)
+        return capacity if self.context is None else max(longest, min(capacity, bucket(self.context, step=32)))
+
     def _settings(self, requests, size: int, leader, shadow, weight) -> Settings:
         """The requests' own settings as arrays; padding repeats the first request."""
         requests = [*requests, *[requests[0]] * (size - len(requests))]
@@ -173,8 +183,7 @@ class Engine:
             ids[row, : len(prompt)] = prompt
             positions[row, : len(prompt)] = self.grammar.positions(states, np.arange(len(prompt)))
             last_state[row] = states[-1]
-        # Each token attends to the whole capacity, so that is rounded up more finely than the prompts.
-        capacity = bucket(longest + max_tokens, step=32)
+        capacity = self._capacity(longest, max_tokens)
         cache, logits = self._prefill(self.decoder, ids, positions, length, capacity=capacity)
         return State(
             cache=cache,

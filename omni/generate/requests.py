@@ -13,6 +13,10 @@ from jaxtyping import Float, Int
 from omni.grammar import Grammar
 from omni_tokenizers.errors import OmniError, UsageError
 
+# Far beyond what makes sense, and far from where float32 sums of logits overflow.
+HOTTEST, STRONGEST = 1_000_000, 1_000_000
+MOST_K = 2**30  # within int32
+
 
 @dataclass(frozen=True, eq=False)
 class Shadow:
@@ -70,17 +74,27 @@ class Generated:
 def per_modality(
     grammar: Grammar, setting: float | Mapping[str, float], default: float, name: str
 ) -> Float[np.ndarray, " modalities"]:
-    """A setting as an array by modality; `UsageError` for a modality that the grammar does not have.
+    """A setting as an array by modality.
 
     Args:
       setting: one value for all, or modality -> value, with `default` for the rest.
       name: of the setting, for messages.
+
+    Raises:
+      UsageError: for a modality that the grammar does not have, and for a value that is no finite number.
     """
-    if not isinstance(setting, Mapping):
-        return np.full(len(grammar.modalities), setting, np.float32)
-    for modality in setting:
-        _index(grammar, modality, name)
-    return np.array([setting.get(modality, default) for modality in grammar.modalities], np.float32)
+    if isinstance(setting, Mapping):
+        for modality in setting:
+            _index(grammar, modality, name)
+        setting = [setting.get(modality, default) for modality in grammar.modalities]
+    try:
+        with np.errstate(over="ignore"):  # beyond float32 it becomes infinite, and is refused as such
+            values = np.broadcast_to(np.asarray(setting, np.float32), len(grammar.modalities)).copy()
+    except (TypeError, ValueError, OverflowError):
+        values = np.array([np.nan])
+    if not np.isfinite(values).all():
+        raise UsageError(f"{name} must be a finite number, or modality -> number, not {setting}")
+    return values
 
 
 def wanted_modalities(grammar: Grammar, want: Sequence[str] | None) -> tuple[int, ...] | None:
@@ -124,8 +138,8 @@ def check_request(request: PreparedRequest, grammar: Grammar, context: int | Non
     if request.max_tokens < 1:
         raise UsageError(f"max_tokens is {request.max_tokens}; it must be at least 1")
     ranges = (
-        ("temperature", request.temperature, 0, np.inf, "0 or more"),
-        ("top_k", request.top_k, 0, np.inf, "0 (all) or more"),
+        ("temperature", request.temperature, 0, HOTTEST, f"0 to {HOTTEST}"),
+        ("top_k", request.top_k, 0, MOST_K, f"0 (all) to {MOST_K}"),
         ("top_p", request.top_p, np.finfo(np.float32).tiny, 1, "above 0 and at most 1"),
     )
     for name, values, low, high, allowed in ranges:
@@ -133,8 +147,8 @@ def check_request(request: PreparedRequest, grammar: Grammar, context: int | Non
             if not low <= value <= high:
                 raise UsageError(f"{name} of {modality} is {value}; it must be {allowed}")
     for shadow in request.shadows:
-        if not np.isfinite(shadow.weight).all():
-            raise UsageError("guidance must be a finite number")
+        if not (np.abs(shadow.weight) <= STRONGEST).all():  # written so that NaN fails, too
+            raise UsageError(f"guidance must be a finite number of at most {STRONGEST} in size")
     if request.want is not None:
         _check_want(request, grammar)
     longest = max(len(prompt.ids) for prompt in (request, *request.shadows))

@@ -35,6 +35,7 @@ def sample(
     # Divided by next to nothing, every difference but 0 leaves no weight.
     scale = jnp.maximum(temperature, 1e-30)[:, None]
     weights = jnp.exp((logits - jnp.where(jnp.isfinite(peak), peak, 0)) / scale)
+    weights = jnp.where(admitted, weights, 0)  # an infinite scale would make -inf / inf, which is NaN
     weights = jax.lax.cond(jnp.any(top_k > 0), keep_top_k, lambda weights, _: weights, weights, top_k)
     weights = jax.lax.cond(jnp.any(top_p < 1), keep_top_p, lambda weights, _: weights, weights, top_p)
     uniform = jnp.where(temperature > 0, jax.vmap(jax.random.uniform)(keys), 0)

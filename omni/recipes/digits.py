@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from etils import epath
@@ -23,10 +23,10 @@ from omni.recipes import digits_data
 from omni.recipes.digits_documents import training_text
 from omni.recipes.digits_evaluation import evaluation_data
 from omni.recipes.digits_tasks import DigitScansTask, SpokenDigitsTask
-from omni.recipes.digits_tokens import make_grammar, make_pools, write_documents
+from omni.recipes.digits_tokens import code_vectors, make_grammar, make_pools, write_documents
 from omni.train.language import TransformerTask
 from omni.train.loop import TrainConfig, train
-from omni.train.optimizer import OptimizerConfig
+from omni.train.optimizer import OptimizerConfig, OptimizerName
 from omni.train.run_directory import CONFIG, claim, read_json, to_json, write_json
 from omni.train.task import Task
 from omni_tokenizers import TextTokenizer
@@ -46,6 +46,7 @@ STAGES = (
     "transformer",
     "evaluation",
 )
+QUICK = "quick"  # directory of a limited evaluation in the run's, where it overwrites nothing of the whole one
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,16 @@ class TrainingLength:
     warmup_steps: int = 100
     """Steps until the highest learning rate."""
     weight_decay: float = 0.0
-    """AdamW's decay of matrices."""
+    """Decay of matrices."""
+    optimizer: OptimizerName = "adamw"
+    """Which optimizer."""
     ema_decay: float = 0.99
     """Decay of the parameters' running mean, which is what is used in the end."""
 
     def config(self, output: epath.Path, task: Task, seed: int, checkpoint_every: int) -> TrainConfig:
         """The training run in full."""
         optimizer = OptimizerConfig(
+            name=self.optimizer,
             learning_rate=self.learning_rate,
             warmup_steps=self.warmup_steps,
             weight_decay=self.weight_decay,
@@ -165,7 +169,8 @@ class DigitsRecipe:
             pools = make_pools(data, text, image, audio, self.image_variants, self.seed)
             hashes = {each.modality: each.hash for each in (text, image, audio)}
             grammar = make_grammar(text, image, audio)
-            write_documents(output / "tokens", self.documents, self.seed, pools, grammar, {"tokenizers": hashes})
+            provenance, vectors = {"tokenizers": hashes}, code_vectors(image, audio)
+            write_documents(output / "tokens", self.documents, self.seed, pools, grammar, provenance, vectors)
 
         def train_transformer() -> None:
             vocabulary = read_json(output / "tokens" / "vocabulary.json")
@@ -196,7 +201,7 @@ class DigitsRecipe:
 
 
 class Stages:
-    """Marks of finished stages in a run's directory, with the seconds that each took."""
+    """Marks of finished stages in a run's directory, with the attempts and the seconds that each took."""
 
     def __init__(self, output: epath.Path):
         self.directory = output / "stages"
@@ -204,29 +209,54 @@ class Stages:
 
     def run(self, name: str, step: Callable[[], None], title: str) -> None:
         """Runs a stage unless its mark is there."""
-        mark = self.directory / f"{name}.json"
-        if mark.exists():
+        if self.done(name):
             logger.info("%s, %s: done before", title, name)
             return
         logger.info("%s, %s", title, name)
         with self._timed(name) as timing:
             step()
-        write_json(mark, timing)
+        write_json(self._mark(name), timing)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[dict]:
-        """Measures a stage; `attempts` above 1 says that it was interrupted and the seconds are those of the last."""
-        begun = self.directory / f"{name}.begun"
-        attempts = int(begun.read_text()) + 1 if begun.exists() else 1
-        begun.write_text(str(attempts))
-        timing, start = {"attempts": attempts}, time.monotonic()
-        yield timing
-        timing["seconds"] = round(time.monotonic() - start, 1)
+        """Adds an attempt and its seconds to those before. The time of one that was killed (`kill -9`) is lost."""
+        start, timing = time.monotonic(), self._begun(name)
+        before = timing["seconds"]
+        timing["attempts"] += 1
+        write_json(self.directory / f"{name}.begun", timing)
+        try:
+            yield timing
+        finally:
+            timing["seconds"] = round(before + time.monotonic() - start, 1)
+            with suppress(OmniError):  # on a full disk, say: what stopped the stage is the error to show
+                write_json(self.directory / f"{name}.begun", timing)
+
+    def _begun(self, name: str) -> dict:
+        """Attempts and seconds so far. Runs of old wrote a bare number, and one that was killed may have broken it."""
+        path = self.directory / f"{name}.begun"
+        if not path.exists():
+            return {"attempts": 0, "seconds": 0.0}
+        try:
+            found = read_json(path)
+            return {"attempts": int(found["attempts"]), "seconds": float(found["seconds"])}
+        except (OmniError, KeyError, TypeError, ValueError):
+            return {"attempts": 1, "seconds": 0.0}
 
     def seconds(self) -> dict[str, float]:
         """Seconds of the finished stages."""
-        marks = ((name, self.directory / f"{name}.json") for name in STAGES)
-        return {name: read_json(mark)["seconds"] for name, mark in marks if mark.exists()}
+        return {name: read_json(self._mark(name))["seconds"] for name in STAGES if self.done(name)}
+
+    def attempts(self) -> dict[str, int]:
+        """How often each stage was begun, of those that were begun more than once."""
+        counts = {name: self._begun(name)["attempts"] for name in STAGES}
+        return {name: count for name, count in counts.items() if count > 1}
+
+    def done(self, name: str) -> bool:
+        """Whether a stage is finished."""
+        return self._mark(name).exists()
+
+    def _mark(self, name: str) -> epath.Path:
+        return self.directory / f"{name}.json"
 
 
 def evaluate_run(
@@ -239,7 +269,7 @@ def evaluate_run(
     """Measures a run of this recipe on its held-out data; writes evaluation/results.json and report.html.
 
     Args:
-      output: where to write instead of the run's directory.
+      output: where to write instead of the run's directory, or instead of quick/ in it where there is a limit.
       model: what to measure instead of the run's own model; it must not have seen this run's held-out data.
       limit: targets per direction, for a quick look.
 
@@ -250,13 +280,18 @@ def evaluate_run(
     if not (run / "stages" / "transformer.json").exists():
         raise OmniError(f"{run}: no run of the digits recipe whose transformer is trained; omni quickstart makes one")
     settings = config_from_dict(EvaluationSettings, read_json(run / CONFIG)["evaluation"], str(run / CONFIG))
-    output = epath.Path(output) if output else run
-    data = evaluation_data(run / "data", run / "tokens")
-    seconds = Stages(run).seconds()
-    results = evaluate(load(model or run), data, output, settings, limit=limit, seconds=seconds)
+    output = epath.Path(output) if output else (run if limit is None else run / QUICK)
+    stages, start = Stages(run), time.monotonic()
+    data, loaded = evaluation_data(run / "data", run / "tokens"), load(model or run)
+    seconds, attempts = stages.seconds(), stages.attempts()
+    if stages.done("evaluation"):  # another evaluation than this one
+        attempts.pop("evaluation", None)
+    seconds["evaluation"] = time.monotonic() - start
+    results = evaluate(loaded, data, output, settings, limit=limit, seconds=seconds, attempts=attempts)
     command = f"omni eval {run}" + (f" --model {model}" if model else "") + (f" --limit {limit}" if limit else "")
     curves = {name.title(): run / "training" / name / "metrics.jsonl" for name in ("transformer", "image", "audio")}
-    write_report(results, read_samples(output), curves, output, title="Spoken handwritten digits", command=command)
+    title = "Spoken handwritten digits"
+    logger.info("wrote %s", write_report(results, read_samples(output), curves, output, title=title, command=command))
     return results
 
 

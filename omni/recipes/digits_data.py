@@ -39,6 +39,7 @@ CONTRAST = 0.4  # least difference in brightness between stroke and background
 
 SAMPLE_RATE = 16000
 LONGEST = 15360  # samples: 0.96 s
+EXCERPT = 7680  # samples that the codec is trained on at once: half of the words are no longer than 0.37 s
 UTTERANCES = 4  # of each word by each voice
 RATES = (130, 221)
 PITCHES = (20, 81)
@@ -161,8 +162,11 @@ def scan_dataset(directory: epath.PathLike, seed: int) -> grain.MapDataset:
 
 
 def speech_dataset(directory: epath.PathLike, seed: int) -> grain.MapDataset:
-    """Endless training utterances: {"audio": float32 [15360], "length": int32, in samples}; see `augment_audio`."""
-    return _endless(load_speech(directory, "train").audio, seed).random_map(augment_audio)
+    """Endless excerpts of training utterances: {"audio": float32 [7680], "length": int32, in samples}.
+
+    Words that are longer than an excerpt are cut to one at random, so that little of a batch is padding.
+    """
+    return _endless(load_speech(directory, "train").audio, seed).random_map(_excerpt)
 
 
 def augment_images(
@@ -183,6 +187,13 @@ def augment_audio(samples: Float[np.ndarray, " samples"], rng: np.random.Generat
     audio = np.zeros(LONGEST, np.float32)
     audio[shift : shift + len(samples)] = samples * np.float32(10 ** rng.uniform(-9 / 20, 0))
     return {"audio": audio, "length": np.int32(shift + len(samples))}
+
+
+def _excerpt(samples: Float[np.ndarray, " samples"], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    whole = augment_audio(samples, rng)
+    start = int(rng.integers(0, max(0, whole["length"] - EXCERPT) + 1))
+    length = min(EXCERPT, int(whole["length"]) - start)
+    return {"audio": whole["audio"][start : start + EXCERPT], "length": np.int32(length)}
 
 
 def plain_images(raw: UInt8[np.ndarray, "n 8 8"]) -> UInt8[np.ndarray, "n 32 32 3"]:

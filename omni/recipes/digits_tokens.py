@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from omni.data.shards import write_shards
@@ -57,6 +57,11 @@ def make_grammar(text: TextTokenizer, image: ImageTokenizer, audio: AudioTokeniz
     )
 
 
+def code_vectors(image: ImageTokenizer, audio: AudioTokenizer) -> dict[str, Float[np.ndarray, "codes code_dim"]]:
+    """Vocabulary block -> the tokenizer's vectors of its codes."""
+    return {"image": image.code_vectors[0], **{f"audio{level}": book for level, book in enumerate(audio.code_vectors)}}
+
+
 def make_pools(
     data: epath.PathLike,
     text: TextTokenizer,
@@ -96,13 +101,19 @@ def _encode_clips(audio: AudioTokenizer, clips, versions) -> Iterator[Int[np.nda
 
 
 def write_documents(
-    directory: epath.Path, count: int, seed: int, pools: Pools, grammar: Grammar, provenance: dict[str, Any]
+    directory: epath.Path,
+    count: int,
+    seed: int,
+    pools: Pools,
+    grammar: Grammar,
+    provenance: dict[str, Any],
+    codebooks: dict[str, Float[np.ndarray, "codes code_dim"]],
 ) -> None:
-    """Draws `count` documents and writes them as token shards."""
+    """Draws `count` documents and writes them as token shards, with the vectors of the codes beside them."""
 
     def documents() -> Iterator[Tokens]:
         for index in tqdm(range(count), desc="write documents", unit="document"):
             yield grammar.pack([Span(*part) for part in assemble(draw(index, seed), pools)])
 
     provenance = {"recipe": "digits", "seed": seed, **provenance}
-    write_shards(directory, documents(), grammar.vocabulary, grammar, provenance)
+    write_shards(directory, documents(), grammar.vocabulary, grammar, provenance, codebooks)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from omni.data.loader import PackedRows, stack
 from omni.data.shards import TokenShards
 from omni.model.config import TransformerConfig
+from omni.model.embeddings import start_from_codebook
 from omni.model.files import save_transformer
 from omni.model.transformer import Transformer
 from omni.train.task import Batch, Sum, Task
@@ -43,6 +44,9 @@ class TransformerTask(Task):
     """Weight of a token that belongs to no target part, beside its modality's."""
     z_loss: float = 1e-4
     """Weight of the squared log of the softmax's denominator, which keeps logits from drifting."""
+    codebook_share: float = 0.0
+    """Part of the variance of the embedding rows of codes that begins as the tokenizers' own vectors (0 to 1), where
+    the shards hold them; see `omni.model.embeddings`."""
     held_out: str | None = None
     """Shard directory of documents that are only measured."""
 
@@ -60,10 +64,20 @@ class TransformerTask(Task):
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, 1, 0)[0]
                 raise UsageError(f"loss_weights names the modality '{name}'; the nearest that there is is '{nearest}'")
+        if not 0 <= self.codebook_share <= 1:
+            raise UsageError(f"codebook_share is {self.codebook_share}; it must lie in 0 to 1")
+        if self.codebook_share and not shards.codebooks:
+            raise UsageError(f"codebook_share is {self.codebook_share}, but {self.data} holds no codebooks")
         return shards
 
     def build(self, rngs: nnx.Rngs) -> Transformer:
-        return Transformer(self.model, rngs=rngs)
+        model = Transformer(self.model, rngs=rngs)
+        if self.codebook_share:
+            for name, vectors in self.shards.codebooks.items():
+                ids, key = self.shards.vocabulary.block(name), rngs.params()
+                rows = start_from_codebook(model.embedding[...], ids, vectors, self.codebook_share, key)
+                model.embedding[...] = rows
+        return model
 
     def loss(
         self, model: Transformer, batch: Batch, key: PRNGKeyArray, *, training: bool

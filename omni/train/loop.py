@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import sys
 import threading
@@ -88,8 +89,10 @@ def train(config: TrainConfig) -> TrainState | None:
       UsageError: mesh, batch size and microbatches do not fit.
       KeyboardInterrupt: after Ctrl-C, when the checkpoint is written.
     """
-    output = epath.Path(config.output)
-    run_directory.claim(output, run_directory.to_json(config))
+    output, first = epath.Path(config.output), jax.process_index() == 0
+    run_directory.claim(output, run_directory.to_json(config), write=first)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"claimed {output}")
     if run_directory.finished_steps(output) >= config.steps:
         logger.info("%s: finished before", output)
         return None
@@ -127,7 +130,6 @@ def train(config: TrainConfig) -> TrainState | None:
     validation = task.validation()
     validation_step = jax.jit(make_validation_step(graphdef, task), out_shardings=replicated(mesh))
 
-    first = jax.process_index() == 0
     progress = tqdm(
         total=config.steps,
         initial=start,
@@ -151,8 +153,9 @@ def train(config: TrainConfig) -> TrainState | None:
             save = stop or step % config.checkpoint_every == 0 or step == config.steps
             if save or due:
                 values = mean(jax.device_get(window)) | {"steps_per_second": len(window) / (time.monotonic() - since)}
-                if not math.isfinite(values["loss"]):
-                    raise OmniError(f"{output}: the loss at step {step} is not finite; lower the learning rate")
+                for name in ("loss", "gradient_norm"):  # the loss is from before the step, the gradient made the step
+                    if not math.isfinite(values.get(name, 0.0)):
+                        raise OmniError(f"{output}: {name} at step {step} is not finite; lower the learning rate")
                 if save and validation:
                     measured = [validation_step(state, place_whole(batch, rows)) for batch in validation]
                     values |= {f"held_out/{name}": value for name, value in mean(jax.device_get(measured)).items()}
@@ -238,6 +241,7 @@ def interruptible() -> Iterator[threading.Event]:
     def interrupt(*_) -> None:
         restore()
         event.set()
+        os.write(2, b"\nomni: this step is finished and saved first; once more stops at once\n")  # a log could deadlock
 
     for number in signals:
         signal.signal(number, interrupt)

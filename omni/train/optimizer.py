@@ -1,21 +1,29 @@
-"""AdamW with warm-up and cosine decay."""
+"""AdamW or Muon, with warm-up and cosine decay."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from optax.contrib import MuonDimensionNumbers
 
 from omni_tokenizers.errors import UsageError
+
+OptimizerName = Literal["adamw", "muon"]
+_ADAM_UPDATE = 0.2  # root mean square of AdamW's updates, to which Muon's are scaled (arXiv:2502.16982, section 2.2)
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) and what happens to gradients and parameters around it."""
+    """The optimizer, and what happens to gradients and parameters around it."""
 
+    name: OptimizerName = "adamw"
+    """adamw (Loshchilov and Hutter 2019, arXiv:1711.05101); muon (Jordan et al. 2024), which moves matrices along the
+    orthogonalised mean gradient, scaled to AdamW's size (Liu et al. 2025, arXiv:2502.16982), and the rest by AdamW."""
     learning_rate: float = 1e-3
     """Learning rate at the end of the warm-up."""
     final_learning_rate: float = 0.1
@@ -25,7 +33,7 @@ class OptimizerConfig:
     beta1: float = 0.9
     """Decay of the gradient's running mean."""
     beta2: float = 0.95
-    """Decay of the squared gradient's running mean."""
+    """Decay of the squared gradient's running mean, in AdamW."""
     epsilon: float = 1e-8
     """Added to the root of the squared gradient's mean."""
     weight_decay: float = 0.1
@@ -38,6 +46,8 @@ class OptimizerConfig:
     """Microbatches into which a batch is split to save memory."""
 
     def __post_init__(self) -> None:
+        if self.name not in get_args(OptimizerName):
+            raise UsageError(f"optimizer name is {self.name!r}; choose one of {', '.join(get_args(OptimizerName))}")
         if self.accumulation < 1:
             raise UsageError(f"optimizer accumulation is {self.accumulation}; it must be at least 1")
         for name in ("beta1", "beta2", "ema_decay"):
@@ -60,6 +70,16 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer of a run of `steps` steps, over an `nnx.State` of parameters; clipping is the step's."""
+    if config.name == "muon":
+        return optax.contrib.muon(
+            make_schedule(config, steps),
+            weight_decay=config.weight_decay,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            eps=config.epsilon,
+            consistent_rms=_ADAM_UPDATE,
+            muon_weight_dimension_numbers=matrix_axes,
+        )
     return optax.chain(
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
@@ -76,3 +96,21 @@ def decay_mask(params: nnx.State) -> nnx.State:
         return jax.tree.map(lambda _: rank >= 2, variable)
 
     return jax.tree.map(decays, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def matrix_axes(params: nnx.State) -> nnx.State:
+    """Which axes make up the two sides of each parameter that Muon takes as a matrix; None leaves one to AdamW.
+
+    A parameter with named axes is a matrix between "embed" and all its other axes, one for each layer where layers are
+    stacked. Embeddings and heads, whose rows are seldom and unevenly used, stay with AdamW; so do vectors.
+    """
+
+    def sides(variable: nnx.Param) -> nnx.Param:
+        names = variable.get_metadata().get("axes") or ("input", "output")[: variable.get_value().ndim]
+        others = tuple(axis for axis, name in enumerate(names) if name not in ("layers", "embed", "input"))
+        inner = tuple(axis for axis, name in enumerate(names) if name in ("embed", "input"))
+        is_matrix = variable.get_value().ndim == len(names) and inner and others and "vocabulary" not in names
+        numbers = MuonDimensionNumbers(inner, others) if is_matrix else None
+        return jax.tree.map(lambda _: numbers, variable)
+
+    return jax.tree.map(sides, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

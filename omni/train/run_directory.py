@@ -30,8 +30,11 @@ def to_json(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def claim(directory: epath.Path, config: dict[str, Any]) -> None:
+def claim(directory: epath.Path, config: dict[str, Any], *, write: bool = True) -> None:
     """Writes config.json into a run's directory, which may hold the same run already.
+
+    Args:
+      write: False only looks: of several processes that claim one directory, one writes.
 
     Raises:
       OmniError: it holds a run with other settings; they are listed.
@@ -47,9 +50,10 @@ def claim(directory: epath.Path, config: dict[str, Any]) -> None:
                 f"{directory} holds a run with other settings ({'; '.join(lines)}); "
                 "choose another output, or remove it to begin anew"
             )
-    with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / CONFIG, config)
+    if write:
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / CONFIG, config)
 
 
 def finished_steps(directory: epath.Path) -> int:

@@ -94,3 +94,20 @@ def test_damage_is_one_line(written, damage):
     with pytest.raises(OmniError) as error:
         TokenShards(directory)
     assert "\n" not in str(error.value)
+
+
+def test_codebooks_come_back_and_must_fit(tmp_path):
+    """Vectors of codes are read as they were written; those of another codebook are refused."""
+    grammar = make_grammar()
+    block = next(iter(grammar.vocabulary.blocks))
+    vectors = np.random.default_rng(0).normal(size=(len(grammar.vocabulary.block(block)), 3)).astype(np.float32)
+    for name, rows in (("whole", vectors), ("short", vectors[:-1])):
+        write_shards(
+            tmp_path / name, make_documents(grammar, 3), grammar.vocabulary, grammar, {}, codebooks={block: rows}
+        )
+    np.testing.assert_array_equal(TokenShards(tmp_path / "whole").codebooks[block], vectors)
+    with pytest.raises(OmniError, match=r"codebooks.safetensors.*does not fit"):
+        _ = TokenShards(tmp_path / "short").codebooks
+    (tmp_path / "whole" / "codebooks.safetensors").write_bytes(b"short")
+    with pytest.raises(OmniError, match="cannot be read"):
+        _ = TokenShards(tmp_path / "whole").codebooks

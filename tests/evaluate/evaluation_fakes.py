@@ -143,11 +143,23 @@ class FakeModel:
     """Answers with the class that it was shown with probability `skill`, else with another.
 
     `deaf`: the class is drawn whatever was shown. `memories`: codes per modality and class that it replays instead of
-    making new ones. `backwards`: free replies come in the wrong order. `breaks`: share of unconstrained replies that
+    making new ones. `slips`: how many codes of a replayed one it gets wrong. `greedy`: the same prompt gets the same
+    reply. `backwards`: free replies come in the wrong order. `breaks`: share of unconstrained replies that
     end in a span. `fails_after`: batches until it is interrupted.
     """
 
-    def __init__(self, skill=1.0, deaf=False, memories=None, backwards=False, breaks=0.0, fails_after=None):
+    def __init__(
+        self,
+        skill=1.0,
+        deaf=False,
+        memories=None,
+        slips=0,
+        greedy=False,
+        backwards=False,
+        breaks=0.0,
+        fails_after=None,
+    ):
+        self.slips, self.greedy = slips, greedy
         self.skill, self.deaf, self.memories, self.backwards, self.breaks = skill, deaf, memories, backwards, breaks
         self.grammar = make_grammar()
         self.vocabulary = self.grammar.vocabulary
@@ -168,7 +180,8 @@ class FakeModel:
         return np.zeros((*ids.shape, self.vocabulary.size), np.float32)
 
     def _answer(self, request):
-        rng = np.random.default_rng(request.seed)
+        prompt = self.processor.spans([request.parts])[0][0].codes.tobytes()
+        rng = np.random.default_rng(list(prompt) if self.greedy else request.seed)
         label = self._heard(request.parts[0])
         if self.deaf:
             label = rng.integers(len(WORDS))
@@ -185,8 +198,16 @@ class FakeModel:
     def _codes(self, modality, label, rng):
         if self.memories and modality in self.memories:
             own = self.memories[modality][label]
-            return own[rng.integers(len(own))]
+            return self._slipped(modality, own[rng.integers(len(own))], rng)
         return make_codes(modality, label, rng)
+
+    def _slipped(self, modality, codes, rng):
+        """The codes with some of them moved by one, those of the last codebook first."""
+        codes = codes.copy()
+        last = codes[-1].reshape(-1)
+        places = rng.permutation(len(last))[: self.slips]
+        last[places] = (last[places] + 1) % TOKENIZERS[modality].codebook_sizes[-1]
+        return codes
 
     def _order(self, text):
         order = next(order for phrase, order in ORDERS.items() if text.split()[0] == phrase.split()[0])

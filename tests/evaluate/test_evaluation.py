@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import time
 
 import evaluation_fakes as fakes
 import numpy as np
@@ -10,13 +11,21 @@ import pytest
 from evaluation_fakes import SMALL, WORDS, FakeModel
 
 from omni.evaluate import evaluate
+from omni.evaluate.data import draw_inputs
 from omni.evaluate.judges import fit_judges
 from omni.evaluate.matrix import wilson_interval
+from omni.evaluate.replies import ask
 from omni.evaluate.run import read_samples
 from omni.evaluate.tokens import measure_bits
+from omni.evaluate.variety import measure_variety
 
 CROSS = list(itertools.permutations(("text", "image", "audio"), 2))
 CHANCE = 1 / len(WORDS)
+
+
+def without_seconds(results):
+    """What does not depend on how fast this machine is."""
+    return {name: value for name, value in results.items() if name != "seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +48,7 @@ def test_keys(able):
     assert {"mel_distance", "stoi", "usage"} <= set(able["tokenizers"]["audio"])
     assert able["tokenizers"]["audio"]["stoi"] > 0.9 and able["tokenizers"]["image"]["ssim"] == 1.0
     assert able["tokenizers"]["image"]["psnr"] is None  # infinite: these tokenizers are exact, and JSON has no infinity
-    assert able["seconds"] == {"data": 3.0}
+    assert set(able["seconds"]) == {"data", "evaluation"} and able["seconds"]["data"] == 3.0
     json.dumps(able, allow_nan=False)
 
 
@@ -48,7 +57,9 @@ def test_skill_is_measured(able, source, target):
     """Accuracy is the model's skill, the judge is sure, and shuffled inputs give chance."""
     cell = able["matrix"][source][target]
     assert abs(cell["accuracy"] - 0.9) < 0.13 and cell["n"] == 100
-    assert cell["ci95"] == wilson_interval(round(100 * cell["accuracy"]), 100)
+    low, high = wilson_interval(round(100 * cell["accuracy"]), 100)
+    assert cell["ci95"][0] <= low + 1e-9 and cell["ci95"][1] >= high - 1e-9
+    assert cell["inputs"] == (10 if source == "text" else 60)
     assert cell["ceiling"] == 1.0
     assert cell["shuffled"] < CHANCE + 0.15
 
@@ -72,6 +83,35 @@ def test_replayed_memories_fail(data, able, tmp_path):
         assert replayed["distinct"] == 3 * len(WORDS)
         assert made["copies"] == 0.0 and made["copies_real"] == 0.0 and made["distinct"] > 90
         assert made["nearest"] == pytest.approx(made["nearest_real"], rel=0.3)
+
+
+def variety_of(model, data, modality):
+    """What is measured on 100 replies to words."""
+    words = draw_inputs(data, "text", 100, seed=3)[0]
+    replies = ask(model, [[word] for word in words], [modality], SMALL, "variety", lambda _: None)
+    return measure_variety(model, data, modality, replies)
+
+
+@pytest.mark.parametrize("target", ["image", "audio"])
+def test_memories_replayed_with_a_slip_fail(data, able, target):
+    """One wrong code in each memory leaves no copies, but near-copies, more of them than chance gives real ones."""
+    pool = fakes.memories_of(data)
+    replayed = variety_of(FakeModel(memories=pool, slips=1), data, target)
+    assert replayed["copies"] < 0.05 and replayed["near_copies"] == 1.0 and replayed["differing"] == 1 / 16
+    assert variety_of(FakeModel(memories=pool, slips=4), data, target)["near_copies"] < 0.5
+    made = able["variety"][target]
+    assert made["near_copies"] < 0.5 and abs(made["near_copies"] - made["near_copies_real"]) < 0.15
+    assert made["differing"] == pytest.approx(made["differing_real"], abs=1 / 16) and made["differing"] > 2 / 16
+
+
+def test_near_copies_of_the_pool(data):
+    """Augmented training examples with one code changed count too, where the caller gives their codes."""
+    rng = np.random.default_rng(12)
+    own = [[fakes.make_codes("image", label, rng) for _ in range(4)] for label in range(len(WORDS))]
+    known = dataclasses.replace(data, pool={"image": [codes for each in own for codes in each]})
+    model = FakeModel(memories={"image": own}, slips=1)
+    assert variety_of(model, known, "image")["near_copies"] == 1.0
+    assert variety_of(model, data, "image")["near_copies"] == 0.0
 
 
 def test_copies_of_the_pool(data, tmp_path):
@@ -106,9 +146,20 @@ def test_bits_per_token(data):
     even = measure_bits(model, data, ("image", "audio"), SMALL, lambda _: None)
     assert even["tokens"] == SMALL.documents * 16
     assert even["bits"] / even["tokens"] == pytest.approx(np.log2(model.vocabulary.size))
-    words = [part.text for part in data.test["text"].parts]
-    drawn = [words[2 * (i % 5) + (i // 5) % 2] for i in range(SMALL.documents)]
-    assert measure_bits(model, data, ("image", "text"), SMALL, lambda _: None)["tokens"] == len("".join(drawn))
+    words = [WORDS[i % len(WORDS)] for i in range(SMALL.documents)]
+    assert measure_bits(model, data, ("image", "text"), SMALL, lambda _: None)["tokens"] == len("".join(words))
+
+
+@pytest.mark.parametrize("direction", [("image", "text"), ("text", "image")])
+def test_bits_of_text_are_those_of_the_bare_word(data, direction):
+    """Targets are what models are taught to answer, never another phrasing, while prompts come in every phrasing."""
+    model, seen = FakeModel(), []
+    even = model.logits
+    model.logits = lambda ids: (seen.extend(ids), even(ids))[1]
+    measure_bits(model, data, direction, SMALL, lambda _: None)
+    texts = [span.codes.ravel() for row in seen for span in model.grammar.parse(row) if span.modality == "text"]
+    texts = {fakes.TOKENIZERS["text"].decode(codes).strip() for codes in texts} - {""}  # rows are filled up with spaces
+    assert texts == set(WORDS) if direction[1] == "text" else any(text.startswith("the ") for text in texts)
 
 
 def test_bits_belong_to_the_next_token(data):
@@ -144,14 +195,49 @@ def test_killed_and_run_again(data, able, tmp_path):
     broken = FakeModel(skill=0.9, breaks=0.3, fails_after=14)
     with pytest.raises(KeyboardInterrupt):
         evaluate(broken, data, tmp_path, SMALL, seconds={"data": 3.0})
-    finished = len(list((tmp_path / "evaluation" / "cells").glob("*.json")))
+    finished = len(list((tmp_path / "evaluation" / "cells").glob("*/*.json")))
     again = FakeModel(skill=0.9, breaks=0.3)
-    assert evaluate(again, data, tmp_path, SMALL, seconds={"data": 3.0}) == able
+    assert without_seconds(evaluate(again, data, tmp_path, SMALL, seconds={"data": 3.0})) == without_seconds(able)
     whole = 6 * 200 + SMALL.requests + SMALL.unconstrained + SMALL.shown + 2
     assert finished == 3 and again.asked == whole - finished * 200
     third = FakeModel(skill=0.9, breaks=0.3)
     third.generate_batch = None
-    assert evaluate(third, data, tmp_path, SMALL, seconds={"data": 3.0}) == able
+    assert without_seconds(evaluate(third, data, tmp_path, SMALL, seconds={"data": 3.0})) == without_seconds(able)
+
+
+def test_seconds_of_finished_cells_count(data, tmp_path):
+    """An evaluation that reads its cells took as long as the one that measured them; preparing it counts too."""
+    settings = dataclasses.replace(SMALL, per_direction=4, shuffled=4, requests=4, unconstrained=4, documents=4)
+    slow = FakeModel()
+    answer = slow.generate_batch
+    slow.generate_batch = lambda requests: (time.sleep(0.1), answer(requests))[1]
+    first = evaluate(slow, data, tmp_path, settings, seconds={"data": 3.0, "evaluation": 100.0})["seconds"]
+    start = time.monotonic()
+    results = evaluate(FakeModel(), data, tmp_path, settings, seconds={"data": 3.0}, attempts={"data": 2})
+    took = time.monotonic() - start
+    assert first["evaluation"] > 101.4 and first["data"] == 3.0
+    assert results["seconds"]["evaluation"] > took + 1.0 and results["attempts"] == {"data": 2}
+
+
+def test_a_quick_look_leaves_the_cells_of_a_whole_evaluation(data, able, tmp_path):
+    """After a limited evaluation in the same directory nothing of the whole one is measured again."""
+    evaluate(FakeModel(skill=0.9, breaks=0.3), data, tmp_path, SMALL)
+    quick = evaluate(FakeModel(skill=0.9, breaks=0.3), data, tmp_path, SMALL, limit=4)
+    assert quick["matrix"]["text"]["image"]["n"] == 4
+    again = FakeModel(skill=0.9, breaks=0.3)
+    assert evaluate(again, data, tmp_path, SMALL)["matrix"] == able["matrix"] and again.asked == 0
+
+
+def test_the_same_reply_again_is_no_evidence(data, tmp_path):
+    """A greedy model asked the same thing many times has the interval of as many outcomes as there are inputs."""
+    settings = dataclasses.replace(SMALL, per_direction=240, shuffled=4, requests=4, unconstrained=4, documents=4)
+    greedy = evaluate(FakeModel(skill=0.7, greedy=True), data, tmp_path / "greedy", settings)["matrix"]
+    drawn = evaluate(FakeModel(skill=0.7), data, tmp_path / "drawn", settings)["matrix"]
+    for source, target, distinct in (("image", "text", 60), ("audio", "image", 60), ("text", "image", 10)):
+        cell, free = greedy[source][target], drawn[source][target]
+        assert cell["n"] == free["n"] == 240 and cell["inputs"] == free["inputs"] == distinct
+        assert cell["ci95"] == pytest.approx(wilson_interval(cell["accuracy"] * distinct, distinct), abs=0.01)
+        assert np.diff(free["ci95"])[0] < 0.7 * np.diff(cell["ci95"])[0]
 
 
 def test_another_model_is_measured_anew(data, tmp_path):

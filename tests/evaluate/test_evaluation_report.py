@@ -1,7 +1,9 @@
 """The pieces of the matrix and the report."""
 
+import dataclasses
 import json
 import re
+import time
 
 import evaluation_fakes as fakes
 import numpy as np
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 from omni.evaluate import evaluate, read_samples, write_report
 from omni.evaluate.curves import chart, read_losses
 from omni.evaluate.data import draw_inputs
-from omni.evaluate.matrix import derangement, wilson_interval
+from omni.evaluate.matrix import cluster_interval, derangement, effective_count, wilson_interval
+from omni.evaluate.variety import fewest_differing
 
 
 def test_wilson_interval():
@@ -20,6 +23,45 @@ def test_wilson_interval():
     assert wilson_interval(0, 10) == pytest.approx([0, 0.2775], abs=1e-4)
     assert wilson_interval(5, 10) == pytest.approx([0.2366, 0.7634], abs=1e-4)
     assert wilson_interval(950, 1000) == pytest.approx([0.9347, 0.9618], abs=1e-4)
+
+
+def test_interval_of_clusters():
+    """Worked out by hand: clusters of one mind count once each, independent outcomes count all, and so does Kish's."""
+    right = np.array([1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 1, 1], bool)
+    assert cluster_interval(right, [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3) == pytest.approx(wilson_interval(3, 4))
+    assert cluster_interval(right, range(12)) == pytest.approx(wilson_interval(9, 12))
+    # Sums 3, 0, 2, 1 of clusters of 3, share 1/2: variance 4/3 (2.25 + 2.25 + .25 + .25) / 144 = 5/108.
+    mixed = np.array([1, 1, 1, 0, 0, 0, 1, 1, 0, 1, 0, 0], bool)
+    assert effective_count(mixed, np.repeat(range(4), 3).tolist()) == pytest.approx(0.25 / (5 / 108))
+    assert effective_count(np.ones(12, bool), np.repeat(range(4), 3).tolist()) == 4
+    assert effective_count(np.zeros(3, bool), ["a"] * 3) == 1
+
+
+def test_interval_of_clusters_covers():
+    """95 % of intervals hold the true share where replies to one input are alike; Wilson's of all replies do not."""
+    rng = np.random.default_rng(0)
+    clusters = (np.arange(1000) % 359).tolist()
+    covered, naive = 0, 0
+    for _ in range(400):
+        right = (rng.random(359) < 0.8)[clusters]
+        low, high = cluster_interval(right, clusters)
+        covered += low <= 0.8 <= high
+        low, high = wilson_interval(right.sum(), 1000)
+        naive += low <= 0.8 <= high
+    assert covered >= 0.92 * 400 and naive < 0.85 * 400
+
+
+def test_fewest_differing():
+    """As comparing one by one finds it, over several blocks and shapes; twenty thousand sequences take no time."""
+    rng = np.random.default_rng(0)
+    items = [rng.integers(0, 3, (1, 4, 4)) for _ in range(150)] + [rng.integers(0, 3, (2, 1, n)) for n in (3, 4, 9)]
+    known = [rng.integers(0, 3, (1, 4, 4)) for _ in range(200)] + [rng.integers(0, 3, (2, 1, n)) for n in (3, 3, 4)]
+    slow = [min([(a != b).mean() for b in known if a.shape == b.shape], default=1.0) for a in items]
+    assert fewest_differing(items, known).tolist() == slow and slow[-1] == 1.0
+    many, replies = (list(rng.integers(0, 512, (count, 1, 4, 4))) for count in (20_000, 1000))
+    start = time.process_time()
+    assert len(fewest_differing(replies, many)) == 1000
+    assert time.process_time() - start < 5
 
 
 @given(st.integers(2, 50), st.integers(0, 1000))
@@ -48,7 +90,11 @@ def page(data, tmp_path_factory):
         {"image": data.train["image"]},
         {modality: data.test[modality] for modality in ("text", "image")},
     )
-    results = evaluate(fakes.FakeModel(skill=0.9), without, directory, fakes.SMALL, seconds={"data": 75.0})
+    seconds, attempts = {"data": 75.0}, {"data": 3}
+    settings = dataclasses.replace(fakes.SMALL, per_direction=130)
+    model = fakes.FakeModel(skill=0.9)
+    results = evaluate(model, without, directory, settings, seconds=seconds, attempts=attempts)
+    results["seconds"]["evaluation"] = 50.0
     samples = read_samples(directory)
     samples["text->image"][0]["input"][0]["text"] = "<script>alert(1)</script>"
     lines = [json.dumps({"step": 10 * i, "loss": 5.0 / i, "held_out/loss": 6.0 / i}) for i in range(1, 30)]
@@ -69,6 +115,13 @@ def test_report_shows_what_was_not_measured(page):
     assert page.count('<td class="none">not measured</td>') == 5
     assert "omni eval runs/x" in page and "&lt;script&gt;" in page and "1 min 15 s" in page
     assert page.count("<polyline") == 2
+
+
+def test_report_shows_what_stands_behind_numbers(page):
+    """How many inputs there are, near-copies, attempts, and the evaluation's own part of the whole time."""
+    assert "n 130 of 60 inputs" in page and "n 60<br>" in page
+    assert "<th>near-copies</th>" in page and "(3 attempts)" in page
+    assert "<td>evaluation</td>" in page and "2 min 5 s" in page
 
 
 def test_curves_read_only_losses(tmp_path):

@@ -14,7 +14,7 @@ from flax import nnx
 from training_cases import language
 
 from omni.data.loader import batches
-from omni.sharding import MeshConfig, ShardingRules, batch_sharding, make_mesh, sharding_tree
+from omni.sharding import MeshConfig, ShardingRules, activations_on, batch_sharding, make_mesh, sharding_tree
 from omni.train.distributed import initialize
 from omni.train.loop import local_rows, on_host, place, train
 from omni.train.step import accumulate, make_state
@@ -36,7 +36,8 @@ graphdef, abstract = jax.eval_shape(start)
 state = jax.jit(lambda: start()[1], out_shardings=sharding_tree(abstract, rules, mesh))()
 data = iter(batches(config.task.dataset(config.seed), config.batch_size, local_rows(rows, config.batch_size)))
 batch = place(next(data), rows, config.batch_size)
-gradient = jax.jit(lambda s, b: accumulate(graphdef, config.task, 1, s, b, jax.random.key(0))[0])(state, batch)
+with activations_on(mesh, rules):  # as in training
+    gradient = jax.jit(lambda s, b: accumulate(graphdef, config.task, 1, s, b, jax.random.key(0))[0])(state, batch)
 gradient = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(on_host(gradient))}
 held = jax.tree.leaves((state.params, state.optimizer))
 device = jax.local_devices()[0]

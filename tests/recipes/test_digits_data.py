@@ -1,11 +1,15 @@
 """Scans and speech of the digits recipe."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import omni_tokenizers
+from omni.cli import main
 from omni.recipes import digits_data, espeak
+from omni.train.metrics import read_metrics
 from omni_tokenizers.errors import OmniError
 
 pytest.importorskip("espeakng_loader")
@@ -146,14 +150,17 @@ def test_sources_depend_on_seed_and_index_alone(directory, make):
 
 
 def test_speech_source_shapes(directory):
-    """Clips are padded with zeros from their length on."""
+    """Excerpts are padded with zeros from their length on; some are parts of longer words, from any place."""
     source = digits_data.speech_dataset(directory, 0)
-    for index in range(30):
+    lengths = []
+    for index in range(60):
         example = source[index]
-        assert example["audio"].shape == (digits_data.LONGEST,) and example["audio"].dtype == np.float32
+        assert example["audio"].shape == (digits_data.EXCERPT,) and example["audio"].dtype == np.float32
         assert example["length"].dtype == np.int32
-        assert np.abs(example["audio"][: example["length"]]).max() > 0.2
+        assert np.abs(example["audio"][: example["length"]]).max() > 0.1
         assert not example["audio"][example["length"] :].any()
+        lengths.append(int(example["length"]))
+    assert max(lengths) == digits_data.EXCERPT and min(lengths) < digits_data.EXCERPT
 
 
 @pytest.mark.parametrize(
@@ -188,3 +195,16 @@ def test_missing_packages_name_the_extra(monkeypatch, tmp_path):
             patch.setitem(sys.modules, package, None)
             with pytest.raises(OmniError, match="quickstart"):
                 digits_data.prepare(tmp_path / package, seed=0)
+
+
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_tokenizer_experiments_train_from_the_command_line(directory, tmp_path, modality):
+    """`omni tokenizer train EXPERIMENT` with overrides trains, writes a log and leaves a tokenizer that opens."""
+    file = Path(__file__).parents[2] / "experiments" / "tokenizers" / f"digits_{modality}.py"
+    output = tmp_path / "run"
+    sizes = {"image": ["--task.tokenizer.channels", "8"], "audio": ["--task.tokenizer.dim", "8"]}[modality]
+    settings = ["--output", str(output), "--task.data", str(directory), "--steps", "2", "--batch-size", "8", *sizes]
+    main(["tokenizer", "train", str(file), *settings])
+    assert omni_tokenizers.load(output).modality == modality
+    assert read_metrics(output)[-1]["step"] == 2
+    assert list(output.glob("**/events.out.tfevents*")), "TensorBoard finds nothing"

@@ -124,10 +124,11 @@ def test_other_settings_are_refused(tmp_path):
     assert train(regression(tmp_path / "run", steps=2, log_every=1, keep=5)) is None
 
 
-def test_loss_that_is_no_number_stops(tmp_path):
-    """A run whose loss is not finite ends before such a state is saved."""
-    with pytest.raises(OmniError, match="not finite"):
-        train(regression(tmp_path / "run", explode=True, log_every=100, checkpoint_every=3))
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_no_number_stops(tmp_path, what):
+    """A run whose loss, or only its gradient, is not finite ends before such a state is saved."""
+    with pytest.raises(OmniError, match=f"{what}.*not finite"):
+        train(regression(tmp_path / "run", explode=what, log_every=100, checkpoint_every=3))
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 
 

@@ -1,5 +1,8 @@
 """The step: accumulation is exact, what the forward pass changes comes back, decay and averages are right."""
 
+import dataclasses
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,9 @@ from flax import nnx
 from training_cases import Net, language, regression
 
 from omni.data.loader import stack
-from omni.train.optimizer import OptimizerConfig, decay_mask, make_schedule
+from omni.train.loop import train
+from omni.train.metrics import read_metrics
+from omni.train.optimizer import OptimizerConfig, decay_mask, make_optimizer, make_schedule
 from omni.train.step import accumulate, make_state, make_train_step
 
 
@@ -119,3 +124,39 @@ def test_schedule():
     np.testing.assert_allclose(values[:5], [0.5, 1.0, 1.5, 2.0, 2.0], rtol=1e-6)
     assert values[19] == pytest.approx(0.2)
     assert values[4:] == sorted(values[4:], reverse=True)
+
+
+def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adam(tmp_path):
+    """A first step moves each layer's matrix, its axes but "embed" joined, evenly in all directions of its gradient and
+    as far as AdamW would; embeddings, whose moves AdamW makes all of one size, are left to it."""
+    config = language(tmp_path / "run", dim=64)
+    optimizer = make_optimizer(OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=1, weight_decay=0.0), 10)
+    _, state = started(config)
+    random = np.random.default_rng(0)
+    gradient = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32), state.params)
+    moves = optimizer.update(gradient, optimizer.init(state.params), state.params)[0]
+    blocks = nnx.to_pure_dict(moves)["blocks"]
+    assert {"query", "output", "gate", "down"} <= set(blocks)
+    for name in ("query", "key", "value", "output", "gate", "up", "down"):
+        for layer in np.asarray(blocks[name]):
+            embed = -1 if name in ("output", "down") else 0
+            matrix = np.moveaxis(layer, embed, 0).reshape(layer.shape[embed], -1)
+            sizes = np.linalg.svd(matrix, compute_uv=False) / (0.2 * np.sqrt(max(matrix.shape)))
+            assert 0.6 < sizes.min() and sizes.max() < 1.3, name
+    embedding = np.abs(np.asarray(nnx.to_pure_dict(moves)["embedding"]))
+    assert embedding.std() < 0.1 * embedding.mean()
+
+
+def test_muon_learns_and_resumes_its_state(tmp_path):
+    """A run under Muon learns, and its moments are restored: two halves are one whole, bit for bit."""
+    config = language(tmp_path / "whole", steps=20, checkpoint_every=10, log_every=10)
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(name="muon", learning_rate=3e-3, warmup_steps=2))
+    whole = train(config)
+    first, last = read_metrics(config.output)
+    assert last["loss"] < first["loss"]
+    half = dataclasses.replace(config, output=str(tmp_path / "half"))
+    train(half)
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "20")
+    (tmp_path / "half" / "finished.json").unlink()
+    for a, b in zip(jax.tree.leaves(train(half)), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(a, b)

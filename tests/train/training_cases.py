@@ -62,7 +62,8 @@ class Regression(Task):
 
     width: int = 16
     noise: float = 0.01
-    explode: bool = False
+    explode: str = ""
+    """"loss" makes that no number, "gradient" only what is derived from it."""
 
     def build(self, rngs):
         return Net(self.width, rngs)
@@ -72,7 +73,9 @@ class Regression(Task):
         wanted = jnp.stack([x[:, 0] * x[:, 1], jnp.sin(x[:, 2])], axis=1)
         noise = self.noise * jax.random.normal(key, wanted.shape) if training else 0
         error = jnp.square(model(x, training) - wanted + noise).sum(1)
-        total = jnp.sum(error * weight) * (jnp.nan if self.explode else 1)
+        total = jnp.sum(error * weight) * (jnp.nan if self.explode == "loss" else 1)
+        if self.explode == "gradient":
+            total += jnp.sqrt(0 * total)  # 0, whose derivative is 0 times infinity
         return total, weight.sum(), {"largest": (error.max(), jnp.ones(()))}
 
     def dataset(self, seed):
@@ -86,7 +89,7 @@ class Regression(Task):
         np.savez(directory / "net.npz", kernel=np.asarray(model.up.kernel[...]), mean=np.asarray(model.mean[...]))
 
 
-def regression(output, *, width=16, explode=False, ema_decay=0.9, accumulation=1, **settings) -> TrainConfig:
+def regression(output, *, width=16, explode="", ema_decay=0.9, accumulation=1, **settings) -> TrainConfig:
     """A run of `Regression`."""
     settings = {"steps": 12, "batch_size": 8, "log_every": 2, "checkpoint_every": 4} | settings
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=3, ema_decay=ema_decay, accumulation=accumulation)

@@ -223,6 +223,11 @@ class AudioTokenizer(NetTokenizer):
         self._encode = jax.jit(lambda state, *args: nnx.merge(self.graphdef, state).encode(*args))
         self._decode = jax.jit(lambda state, *args: nnx.merge(self.graphdef, state).decode(*args))
 
+    @property
+    def code_vectors(self) -> tuple[Float[np.ndarray, "codes code_dim"], ...]:
+        """The vectors of each level's codes, float32."""
+        return tuple(np.asarray(level.codebook()) for level in self.net.quantizer.levels)
+
     def encode(
         self, x: Float[np.ndarray, "batch channels samples"], lengths: Int[np.ndarray, " batch"] | None = None
     ) -> Codes:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from etils import epath
 from flax import nnx
+from jaxtyping import Float
 
 from omni_tokenizers import weights
 from omni_tokenizers.codes import Codes
@@ -85,6 +86,11 @@ class NetTokenizer(Tokenizer):
     @abc.abstractmethod
     def encode(self, x) -> Codes:
         """Codes of `x`."""
+
+    @property
+    @abc.abstractmethod
+    def code_vectors(self) -> tuple[Float[np.ndarray, "codes code_dim"], ...]:
+        """The vectors of each codebook's codes, float32."""
 
     def save(self, directory: epath.PathLike, *, dtype: str = "float32") -> None:
         """Writes tokenizer.json and weights.safetensors; `dtype` is how parameters (not codebooks) are stored."""

@@ -197,6 +197,11 @@ class ImageTokenizer(NetTokenizer):
         self._encode = jax.jit(lambda state, image: nnx.merge(self.graphdef, state).encode(image))
         self._decode = jax.jit(lambda state, codes: nnx.merge(self.graphdef, state).decode(codes))
 
+    @property
+    def code_vectors(self) -> tuple[Float[np.ndarray, "codes code_dim"]]:
+        """The vectors of the codes, float32."""
+        return (np.asarray(self.net.quantizer.codebook()),)
+
     def encode(self, x: UInt8[np.ndarray, "batch height width 3"]) -> Codes:
         """Codes [batch, rows, columns].
 
