@@ -106,6 +106,8 @@ def matrix_axes(params: nnx.State) -> nnx.State:
     """
 
     def sides(variable: nnx.Param) -> nnx.Param:
+        if not jax.tree.leaves(variable):  # masked out, as optax asks again about what is left to Muon
+            return variable
         names = variable.get_metadata().get("axes") or ("input", "output")[: variable.get_value().ndim]
         others = tuple(axis for axis, name in enumerate(names) if name not in ("layers", "embed", "input"))
         inner = tuple(axis for axis, name in enumerate(names) if name in ("embed", "input"))
