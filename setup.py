@@ -41,6 +41,7 @@ setup(
         "numpy>=2.0,<3",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
+        "packaging>=24,<27",
         "pillow>=11,<14",
         "safetensors>=0.5,<0.9",
         "scipy>=1.14,<2",

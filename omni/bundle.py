@@ -112,7 +112,7 @@ class Model:
     def load(cls, directory: epath.PathLike) -> Model:
         """Reads a directory written by `save`; `OmniError` says what is missing, damaged or does not fit."""
         directory = epath.Path(directory)
-        transformer, context_length = load_transformer(directory)
+        transformer, context_length, belongs_to = load_transformer(directory)
         vocabulary = Vocabulary.from_json(_read_json(directory / "vocabulary.json"))
         grammar = Grammar(_read_json(directory / "grammar.json"), vocabulary)
         tokenizers = {
@@ -122,18 +122,27 @@ class Model:
         }
         settings = directory / "generation.json"
         generation = _read_json(settings) if settings.exists() else None
-        return cls(transformer, vocabulary, grammar, tokenizers, context_length=context_length, generation=generation)
+        model = cls(transformer, vocabulary, grammar, tokenizers, context_length=context_length, generation=generation)
+        found = {"vocabulary": vocabulary.hash, "grammar": grammar.hash}
+        for name, hash in (found | {name: each.hash for name, each in tokenizers.items()}).items():
+            if belongs_to.get(name, hash) != hash:
+                raise OmniError(f"{directory}: made with another {name} ({belongs_to[name]}) than lies there ({hash})")
+        return model
 
     def save(self, directory: epath.PathLike, *, dtype: str = "float32") -> None:
         """Writes everything; `dtype` is the type in which weights are stored (float32, float16, bfloat16)."""
         directory = epath.Path(directory)
-        save_transformer(directory, self.transformer, context_length=self.context_length, dtype=dtype)
+        directory.mkdir(parents=True, exist_ok=True)
         _write_json(directory / "vocabulary.json", self.vocabulary.to_json())
         _write_json(directory / "grammar.json", self.grammar.to_json())
         _write_json(directory / "generation.json", self.generation)
+        belongs_to = {"vocabulary": self.vocabulary.hash, "grammar": self.grammar.hash}
         for modality, tokenizer in self.tokenizers.items():
             options = {} if modality == "text" else {"dtype": dtype}
             tokenizer.save(directory / "tokenizers" / modality, **options)
+            belongs_to[modality] = omni_tokenizers.load(directory / "tokenizers" / modality).hash  # of rounded weights
+        length = self.context_length
+        save_transformer(directory, self.transformer, context_length=length, belongs_to=belongs_to, dtype=dtype)
 
     # Generation
 
@@ -180,7 +189,7 @@ class Model:
         want = wanted_modalities(grammar, request.want)
         return PreparedRequest(
             ids=ids,
-            max_tokens=request.max_tokens or self._reply_length(want, len(ids)),
+            max_tokens=self._reply_length(want, len(ids)) if request.max_tokens is None else request.max_tokens,
             temperature=settings["temperature"],
             top_k=settings["top_k"].astype(np.int32),
             top_p=settings["top_p"],
@@ -192,7 +201,7 @@ class Model:
 
     def _reply_length(self, want: tuple[int, ...] | None, prompt_length: int) -> int:
         room = self.context_length - prompt_length
-        if room < 1:
+        if room < (1 if want is None else int(self.grammar.tables.minimum[list(want)].sum()) + 1):
             raise OmniError(
                 f"the prompt has {prompt_length} tokens, the model reads at most {self.context_length} with its reply"
             )

@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(interrupt) or "interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk, no permission, a file where a directory is wanted
+        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", EXIT_FAILED)
 
 
 def _fail(message: object, code: int) -> None:
@@ -81,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     train.add_argument("experiment", nargs="?", metavar="FILE")
-    train.set_defaults(takes_overrides=True)
+    train.set_defaults(takes_overrides=True, print_help=train.print_help)
 
     generate = verb(
         "generate",
@@ -146,22 +148,38 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_tokenizer_verbs(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    train = verbs.add_parser("train", help="run a tokenizer experiment, as omni train does", add_help=False)
+
+    def verb(name: str, run, summary: str, example: str, **options) -> argparse.ArgumentParser:
+        made = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  omni tokenizer {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,
+        )
+        made.set_defaults(run=run)
+        return made
+
+    example = "train experiments/tokenizers/digits_image.py --steps 100"
+    train = verb("train", run_train, "run a tokenizer experiment, as omni train does", example, add_help=False)
     train.add_argument("experiment", nargs="?", metavar="FILE")
-    train.set_defaults(run=run_train, takes_overrides=True)
-    evaluate = verbs.add_parser("eval", help="measure a tokenizer on files")
+    train.set_defaults(takes_overrides=True, print_help=train.print_help)
+    example = "eval runs/quickstart/tokenizers/image out/1.png"
+    evaluate = verb("eval", run_tokenizer_eval, "measure a tokenizer on files", example)
     evaluate.add_argument("directory")
     evaluate.add_argument("files", nargs="+")
-    evaluate.set_defaults(run=run_tokenizer_eval)
-    encode = verbs.add_parser("encode", help="a text, picture or sound file to codes (JSON on stdout)")
+    example = "encode runs/quickstart/tokenizers/image out/1.png > codes.json"
+    summary = "a text, or a picture or sound file, to codes (JSON on stdout)"
+    encode = verb("encode", run_tokenizer_encode, summary, example)
     encode.add_argument("directory")
-    encode.add_argument("part", help="a file, or text")
-    encode.set_defaults(run=run_tokenizer_encode)
-    decode = verbs.add_parser("decode", help="codes (a JSON file, or - for stdin) to a file")
+    encode.add_argument("part", help="a picture or sound file, or text")
+    example = "decode runs/quickstart/tokenizers/image codes.json again.png"
+    summary = "codes (a JSON file, or - for stdin) to a file"
+    decode = verb("decode", run_tokenizer_decode, summary, example)
     decode.add_argument("directory")
     decode.add_argument("codes")
     decode.add_argument("output", help="the file to write")
-    decode.set_defaults(run=run_tokenizer_decode)
 
 
 def run_quickstart(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -174,6 +192,9 @@ def run_quickstart(options: argparse.Namespace, overrides: list[str]) -> None:
 def run_train(options: argparse.Namespace, overrides: list[str]) -> None:
     from omni.experiment import load_experiment, override
 
+    if options.experiment is None and {"-h", "--help"} & set(overrides):
+        options.print_help()
+        return
     if options.experiment is None:
         raise UsageError("omni train needs an experiment file: omni train experiments/digits.py")
     config = load_experiment(options.experiment)
@@ -190,7 +211,7 @@ def run_generate(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None
     }
     want = [name.strip() for name in options.want.split(",")] if options.want else None
-    parts = [read_argument(argument) for argument in options.parts]
+    parts = read_arguments(options.parts)
     reply = model.generate(parts, want=want, seed=options.seed, max_tokens=options.max_tokens, **settings)
     files = reply.save(options.out) if options.out else []
     if options.json:
@@ -216,6 +237,19 @@ def read_argument(argument: str):
     return parts.Text(argument)
 
 
+def read_arguments(arguments: Sequence[str]) -> list:
+    """Prompt arguments as parts; words that the shell has split are one text again."""
+    from omni.parts import Text
+
+    parts: list = []
+    for part in map(read_argument, arguments):
+        if parts and isinstance(part, Text) and isinstance(parts[-1], Text):
+            parts[-1] = Text(f"{parts[-1].text} {part.text}")
+        else:
+            parts.append(part)
+    return parts
+
+
 def parse_setting(name: str, value: str) -> float | dict[str, float]:
     """'0.5' as a number, 'image=0.5,audio=1' as a dictionary; `UsageError` for anything else."""
     try:
@@ -238,8 +272,8 @@ def run_eval(options: argparse.Namespace) -> None:
 def run_export(options: argparse.Namespace) -> None:
     import omni
 
-    if options.directory.exists() and any(options.directory.iterdir()):
-        raise UsageError(f"{options.directory} is not empty; name a directory that is not there yet")
+    if options.directory.exists() and not (options.directory.is_dir() and not any(options.directory.iterdir())):
+        raise UsageError(f"{options.directory} is there and no empty directory; name one that is not there yet")
     omni.load(options.model).save(options.directory, dtype=options.dtype)
     size = sum(path.stat().st_size for path in options.directory.rglob("*") if path.is_file())
     print(f"wrote {options.directory} ({size / 1e6:.2f} MB)")

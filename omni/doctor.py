@@ -6,34 +6,26 @@ import importlib
 import importlib.metadata
 import platform
 import sys
+from collections.abc import Iterator
 
-# What each extra of setup.py brings: distribution -> module that must import.
-EXTRAS = {
-    "quickstart": {
-        "espeakng-loader": "espeakng_loader",
-        "pystoi": "pystoi",
-        "scikit-image": "skimage",
-        "scikit-learn": "sklearn",
-    },
-    "notebook": {"nbclient": "nbclient", "nbformat": "nbformat", "ipykernel": "ipykernel"},
-    "test": {"hypothesis": "hypothesis", "pytest": "pytest", "ruff": "ruff"},
-}
-CORE = {
-    "jax": "jax",
-    "flax": "flax",
-    "optax": "optax",
+from packaging.requirements import Requirement
+
+DISTRIBUTION = "omni-any-to-any"
+EXTRAS = ("quickstart", "notebook", "test")
+# What is imported of a distribution, where it is not its name.
+MODULES = {
+    "espeakng-loader": "espeakng_loader",
+    "importlib_resources": "importlib_resources",
     "orbax-checkpoint": "orbax.checkpoint",
-    "grain": "grain",
+    "pillow": "PIL",
+    "scikit-image": "skimage",
+    "scikit-learn": "sklearn",
     "tensorflow-datasets": "tensorflow_datasets",
-    "array_record": "array_record",
-    "sentencepiece": "sentencepiece",
-    "soundfile": "soundfile",
-    "safetensors": "safetensors",
 }
 
 
 def check() -> list[dict]:
-    """The checks, each `{"name", "ok", "required", "found", "advice"}`."""
+    """The checks, each `{"name", "ok", "required", "found", "advice"}`: all that setup.py asks for, and the devices."""
     checks = [
         {
             "name": "Python",
@@ -43,19 +35,40 @@ def check() -> list[dict]:
             "advice": "install Python 3.11 or newer",
         }
     ]
-    checks += [_package(name, module, "pip install omni-any-to-any", required=True) for name, module in CORE.items()]
+    try:
+        requirements = [Requirement(line) for line in importlib.metadata.requires(DISTRIBUTION) or ()]
+    except importlib.metadata.PackageNotFoundError:
+        advice = "install Omni: pip install -e . in its source directory"
+        return [*checks, {"name": "omni", "ok": False, "required": True, "found": "not installed", "advice": advice}]
+    checks += [_package(each, "pip install -e .", required=True) for each in _of(requirements, "")]
     checks.append(_devices())
-    for extra, packages in EXTRAS.items():
-        advice = f'pip install "omni-any-to-any[{extra}]"'
-        checks += [_package(name, module, advice, required=False) for name, module in packages.items()]
+    for extra in EXTRAS:
+        advice = f'pip install -e ".[{extra}]"'
+        checks += [_package(each, advice, required=False) for each in _of(requirements, extra)]
     return checks
 
 
-def _package(name: str, module: str, advice: str, *, required: bool) -> dict:
-    entry = {"name": name, "ok": True, "required": required, "advice": advice}
+def missing(extra: str) -> list[str]:
+    """The distributions of an extra that are not there or of another version."""
+    requirements = [Requirement(line) for line in importlib.metadata.requires(DISTRIBUTION) or ()]
+    return [each.name for each in _of(requirements, extra) if not _package(each, "", required=False)["ok"]]
+
+
+def _of(requirements: list[Requirement], extra: str) -> Iterator[Requirement]:
+    """Those of an extra alone; of Omni itself where the extra is empty."""
+    for each in requirements:
+        always = each.marker is None or each.marker.evaluate({"extra": ""})
+        if always if not extra else not always and each.marker.evaluate({"extra": extra}):
+            yield each
+
+
+def _package(requirement: Requirement, advice: str, *, required: bool) -> dict:
+    entry = {"name": requirement.name, "ok": True, "required": required, "advice": advice}
     try:
-        importlib.import_module(module)
-        entry["found"] = importlib.metadata.version(name)
+        entry["found"] = importlib.metadata.version(requirement.name)
+        importlib.import_module(MODULES.get(requirement.name, requirement.name.replace("-", "_")))
+        if not requirement.specifier.contains(entry["found"], prereleases=True):
+            entry |= {"ok": False, "found": f"{entry['found']}, wanted {requirement.specifier}"}
     except Exception as error:  # a broken install fails in many ways; all of them are the finding
         entry |= {"ok": False, "found": f"{type(error).__name__}: {error}"}
     return entry

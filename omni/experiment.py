@@ -21,7 +21,7 @@ def load_experiment(path: str | Path):
     """The `config` of an experiment file; `UsageError` if there is no such file, `OmniError` if it defines none."""
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"{path}: no such experiment file")
+        raise UsageError(f"{path}: no such experiment file (the file comes first, its settings after it)")
     try:
         names = runpy.run_path(str(path))
     except OmniError:

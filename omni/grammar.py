@@ -66,6 +66,12 @@ class Grammar:
     """
 
     def __init__(self, declaration: dict, vocabulary: Vocabulary):
+        try:
+            self._read(declaration, vocabulary)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON of another form, in whatever place
+            raise OmniError(f"grammar: not a declaration of a grammar ({type(error).__name__}: {error})") from error
+
+    def _read(self, declaration: dict, vocabulary: Vocabulary) -> None:
         if declaration.get("format") != FORMAT:
             raise OmniError(
                 f"grammar: format {declaration.get('format')!r} is not {FORMAT}, the one this version reads"
@@ -137,8 +143,8 @@ class Grammar:
 
     def annotate(self, ids: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " tokens"]:
         """The state after each id; `GrammarError` at the first id that may not stand where it stands."""
-        tables = self.tables
-        classes = tables.class_of[np.asarray(ids, np.int32)].tolist()
+        tables, ids = self.tables, self._checked(ids)
+        classes = tables.class_of[ids].tolist()
         if not classes or classes[0] != tables.bos_class:
             raise GrammarError("a document begins with bos")
         states, state = [tables.start], tables.start
@@ -148,6 +154,14 @@ class Grammar:
                 raise GrammarError(f"token {index} (id {int(ids[index])}) may not stand there")
             states.append(state)
         return np.array(states, np.int32)
+
+    def _checked(self, ids: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " tokens"]:
+        """The ids as int32; `GrammarError` for one that the vocabulary does not have."""
+        ids = np.asarray(ids)
+        outside = np.flatnonzero((ids < 0) | (ids >= self.vocabulary.size))
+        if outside.size:
+            raise GrammarError(f"token {outside[0]} (id {ids[outside[0]]}) is outside 0..{self.vocabulary.size - 1}")
+        return ids.astype(np.int32)
 
     def positions(
         self, states: Int[np.ndarray, " tokens"], index: Int[np.ndarray, " tokens"]
@@ -172,7 +186,7 @@ class Grammar:
         Raises:
           GrammarError: with the place and the reason, and the spans read until there.
         """
-        ids = np.asarray(ids, np.int32)
+        ids = self._checked(ids)
         if not ids.size or ids[0] != self.control["bos"]:
             raise GrammarError("a document begins with bos")
         spans: list[Span] = []

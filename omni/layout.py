@@ -62,6 +62,10 @@ class Template:
         return self.level[self.is_code], self.row[self.is_code], self.column[self.is_code]
 
 
+# Bounds for declarations that come with files from elsewhere: codes of a span, and sizes in one range of them.
+LARGEST, LARGEST_FAMILY = 1 << 20, 1 << 14
+
+
 class SpanLayout:
     """The declaration of one modality (all but text), with names resolved to ids.
 
@@ -101,7 +105,7 @@ class SpanLayout:
         _check_keys(entry, _SHAPE_KEYS, required={"columns"}, where=f"a shape of modality '{self.name}'")
         rows, columns = entry.get("rows", 1), entry["columns"]
         low, high = (columns["min"], columns["max"]) if isinstance(columns, dict) else (columns, columns)
-        if not (rows >= 1 and 1 <= low <= high):
+        if not (rows >= 1 and 1 <= low <= high and rows * high <= LARGEST and high - low < LARGEST_FAMILY):
             raise OmniError(f"grammar: modality '{self.name}' has a size of {rows} x {low}..{high}")
         return [Shape(rows, c, ids(entry.get("prefix", ()))) for c in range(low, high + 1)]
 

@@ -44,7 +44,7 @@ def decode_to_file(directory: str, codes: str, output: str) -> None:
         ids = np.asarray(entry["codes"], np.int64)
     except FileNotFoundError:
         raise UsageError(f"{codes}: no such file") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise OmniError(f"{codes}: not codes written by omni tokenizer encode ({error})") from None
     if tokenizer.modality == "text":
         Text(tokenizer.decode(ids)).save(output)

@@ -18,6 +18,7 @@ from jaxtyping import Int
 
 from omni_tokenizers.errors import OmniError
 
+LARGEST = 1 << 24  # ids of a vocabulary that comes with a file from elsewhere
 MULTIPLE = 128  # matrix units like sizes that divide evenly, and a mesh can split the output head
 
 
@@ -114,6 +115,8 @@ class Vocabulary:
     def from_json(cls, data: dict) -> Vocabulary:
         """Reads what `to_json` wrote; `OmniError` names what is missing or of the wrong kind."""
         try:
+            if data["size"] > LARGEST or any(entry.get("size", 0) > LARGEST for entry in data["blocks"].values()):
+                raise OmniError(f"vocabulary.json asks for more than {LARGEST} ids")
             blocks = {
                 name: np.asarray(entry["table"], np.int32)
                 if "table" in entry

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from flax import nnx
 
 import omni
 from omni.bundle import Request
@@ -47,6 +48,28 @@ def test_stream_tells_the_same_as_generate(tiny_model, everything):
     np.testing.assert_array_equal(parts[1].pixels, whole.images[0].pixels)
     np.testing.assert_allclose(parts[2].samples, whole.audio[0].samples, atol=1e-6)
     assert events[-1].kind == "end" and [event.index for event in events] == sorted(event.index for event in events)
+
+
+def test_another_prompt_of_the_same_padded_length_needs_no_compilation(tiny_model):
+    """Free replies, too, whose budget is what the prompt leaves of the context."""
+    for word in ("seven", "draw seven", "say seven, then draw it"):
+        tiny_model.generate([word], seed=1)
+        if word == "seven":
+            compiled = {name: tiny_model.engine.counts[name] for name in ("prefill", "advance")}
+    assert {name: tiny_model.engine.counts[name] for name in compiled} == compiled
+
+
+def test_a_prompt_that_leaves_no_room_for_what_is_wanted_is_called_too_long(tiny_model):
+    """It is not called a wrong `max_tokens`, which nobody gave."""
+    prompt = next("x" * n for n in range(200) if len(tiny_model.encode([omni.Text("x" * n, context=True)])) == 126)
+    with pytest.raises(OmniError, match="reads at most 128"):
+        tiny_model.generate([prompt], want=["image"])
+
+
+@pytest.mark.parametrize("ids", [[0, 99999], [0, -1]])
+def test_ids_outside_the_vocabulary_are_refused(tiny_model, ids):
+    with pytest.raises(OmniError, match=r"outside 0\.\."):
+        tiny_model.decode(np.array(ids))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -151,6 +174,39 @@ def test_damaged_directories_are_named(tiny_bundle, tmp_path, damage, message):
     damage(copy)
     with pytest.raises(OmniError, match=message):
         omni.load(copy)
+
+
+def test_what_belongs_to_another_model_is_refused(tiny_bundle, tiny_tokenizers, tmp_path):
+    """A vocabulary, a grammar or a tokenizer of the same sizes but of another model gives a line, not nonsense."""
+    image, text = tiny_tokenizers["image"], tiny_tokenizers["text"]
+    other = type(image)(image.config, type(image.net)(image.config, rngs=nnx.Rngs(7)))
+
+    def shorten(directory):
+        declaration = json.loads((directory / "grammar.json").read_text())
+        declaration["modalities"]["audio"]["shapes"][0]["columns"]["max"] -= 1
+        (directory / "grammar.json").write_text(json.dumps(declaration))
+
+    changes = {
+        "image": lambda d: other.save(d / "tokenizers" / "image"),
+        "text": lambda d: type(text).train(["another text altogether"], 300).save(d / "tokenizers" / "text"),
+        "grammar": shorten,
+    }
+    for name, change in changes.items():
+        shutil.copytree(tiny_bundle, tmp_path / name)
+        change(tmp_path / name)
+        with pytest.raises(OmniError, match=f"made with another {name}"):
+            omni.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("damage", [{"open": 5}, {"shapes": 5}, {"shapes": [{"columns": "x"}]}])
+def test_a_grammar_of_another_form_is_one_line(tiny_bundle, tmp_path, damage):
+    shutil.copytree(tiny_bundle, tmp_path / "model")
+    path = tmp_path / "model" / "grammar.json"
+    declaration = json.loads(path.read_text())
+    declaration["modalities"]["image"] |= damage
+    path.write_text(json.dumps(declaration))
+    with pytest.raises(OmniError, match="grammar"):
+        omni.load(tmp_path / "model")
 
 
 def test_a_model_without_a_tokenizer_still_gives_logits_and_says_what_is_missing(tiny_bundle, tmp_path):

@@ -1,5 +1,6 @@
 """The command line: what it writes, and that bad input gives one clear line and exit 1 or 2, never a traceback."""
 
+import importlib.metadata
 import json
 import os
 import struct
@@ -12,7 +13,8 @@ import pytest
 import soundfile
 
 import omni
-from omni.cli import main
+from omni import doctor
+from omni.cli import main, read_arguments
 
 
 @pytest.fixture
@@ -52,6 +54,17 @@ def test_inspect_and_doctor_speak_to_people_and_programs(run, tiny_bundle):
     assert "image" in run("inspect", tiny_bundle)[1]
     code, out, _ = run("doctor", "--json")
     assert code == 0 and all(entry["ok"] for entry in json.loads(out) if entry["required"])
+
+
+def test_doctor_finds_what_is_missing_or_too_old(monkeypatch):
+    """Every requirement of setup.py is looked at, its version too."""
+    names = {entry["name"] for entry in doctor.check() if entry["required"]}
+    assert {"jax", "soxr", "pillow", "tyro", "scipy", "devices", "Python"} <= names
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1" if name == "soxr" else version(name))
+    found = {entry["name"]: entry for entry in doctor.check()}
+    assert not found["soxr"]["ok"] and "wanted" in found["soxr"]["found"] and found["jax"]["ok"]
+    assert doctor.missing("quickstart") == []
 
 
 def test_tokenizer_codes_go_to_a_file_and_back(run, tiny_bundle, tmp_path, tone):
@@ -120,12 +133,21 @@ def test_a_sound_of_192_khz_and_8_channels_is_read(run, tiny_bundle, tmp_path):
         (["generate", "MODEL", "seven", "--want", "smell"], 2, "unknown modality 'smell'"),
         (["generate", "MODEL", "zqx " * 200, "--want", "text"], 1, "reads at most"),
         (["generate", "MODEL", "seven", "--guidance", "much"], 2, "write a number"),
+        (["generate", "MODEL", "seven", "--temperature", "inf"], 2, "finite number"),
+        (["generate", "MODEL", "seven", "--top-k", "nan"], 2, "finite number"),
+        (["generate", "MODEL", "seven", "--max-tokens", "0"], 2, "at least 1"),
+        (["generate", "MODEL", "seven", "--want", "image", "--out", "/dev/null/out"], 1, "Not a directory"),
+        (["export", "MODEL", "/dev/null"], 2, "no empty directory"),
         (["generate", "MODEL"], 2, "required"),
         (["generate", "nowhere", "seven"], 1, "no such directory"),
         (["generate", "MODEL", "seven", "--wnat", "image"], 2, "unrecognized"),
         (["inspect", "."], 1, "not a run or a model"),
         (["train"], 2, "experiment file"),
         (["train", "nowhere.py"], 2, "no such experiment"),
+        (["train", "--seed", "1", "nowhere.py"], 2, "the file comes first"),
+        (["train", "--help"], 0, "example:"),
+        (["tokenizer", "train", "--help"], 0, "example:"),
+        (["tokenizer", "encode", "--help"], 0, "example:"),
         (["quickstart", "--imagee-variants", "3"], 2, "--image-variants"),
         (["quickstart", "--image-variants", "many"], 2, "image-variants"),
         (["fly"], 2, "invalid choice"),
@@ -137,6 +159,11 @@ def test_wrong_usage_says_what_is_right(run, tiny_bundle, tmp_path, monkeypatch,
     found, out, err = run(*[str(tiny_bundle) if a == "MODEL" else a for a in arguments])
     assert found == code, err
     assert message in out + err and "Traceback" not in out + err
+
+
+def test_words_that_the_shell_has_split_are_one_text():
+    parts = read_arguments(["draw", "seven"])
+    assert [part.text for part in parts] == ["draw seven"]
 
 
 def test_help_needs_no_heavy_import():

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from etils import epath
 
 import omni_tokenizers
+from omni import doctor
 from omni.bundle import load
 from omni.evaluate import EvaluationSettings, evaluate, read_samples, write_report
 from omni.model import TransformerConfig
@@ -100,26 +101,32 @@ class DigitsRecipe:
     """Most pieces of the text tokenizer, 256 bytes among them."""
     image: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
     """The image tokenizer."""
-    image_training: TrainingLength = TrainingLength(steps=800, batch_size=64, learning_rate=2e-3)
+    image_training: TrainingLength = TrainingLength(steps=400, batch_size=64, learning_rate=2e-3)
     """Its training."""
     audio: AudioTokenizerConfig = field(default_factory=AudioTokenizerConfig)
     """The audio codec."""
-    audio_training: TrainingLength = TrainingLength(steps=800, batch_size=32, learning_rate=2e-3)
+    audio_training: TrainingLength = TrainingLength(steps=500, batch_size=32, learning_rate=2e-3)
     """Its training."""
-    image_variants: int = 8
+    image_variants: int = 12
     """Augmentations of each training scan among the documents."""
-    documents: int = 60_000
+    documents: int = 50_000
     """Documents to draw; training goes through them more than once if it is long."""
-    transformer: TransformerConfig = field(default_factory=lambda: TransformerConfig(remat="attention"))
+    transformer: TransformerConfig = field(
+        default_factory=lambda: TransformerConfig(
+            depth=4, dim=128, heads=2, key_value_heads=2, head_dim=64, mlp_dim=384, remat="attention"
+        )
+    )
     """The transformer; its vocabulary size is set by the tokenizers."""
-    row_length: int = 256
+    row_length: int = 192
     """Tokens of a packed row, and of the model's context."""
     transformer_training: TrainingLength = TrainingLength(
-        steps=700, batch_size=16, learning_rate=2e-3, weight_decay=0.1, ema_decay=0.99
+        steps=1250, batch_size=8, learning_rate=6e-3, weight_decay=0.1, ema_decay=0.99, optimizer="muon"
     )
     """Its training."""
     loss_weights: dict[str, float] = field(default_factory=lambda: {"text": 3.0})
     """What a token of each modality weighs."""
+    codebook_share: float = 0.9
+    """Part of the embedding rows' variance that begins as the tokenizers' own code vectors."""
     context_weight: float = 0.1
     """What a token of a context part weighs beside one of a target part."""
     guidance: float = 3.0
@@ -133,6 +140,8 @@ class DigitsRecipe:
 
     def run(self) -> None:
         """Runs every stage that is not done yet."""
+        if lacking := doctor.missing("quickstart"):  # said now, not when the evaluation needs them
+            raise OmniError(f"missing: {', '.join(lacking)}; install them: pip install 'omni-any-to-any[quickstart]'")
         output = epath.Path(self.output)
         claim(output, to_json(self))
         stages = Stages(output)
@@ -180,6 +189,7 @@ class DigitsRecipe:
                 row_length=self.row_length,
                 loss_weights=self.loss_weights,
                 context_weight=self.context_weight,
+                codebook_share=self.codebook_share,
             )
             train(self.transformer_training.config(training / "transformer", task, self.seed, self.checkpoint_every))
             for name in ("model.json", "weights.safetensors", "vocabulary.json", "grammar.json"):

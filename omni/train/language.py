@@ -120,7 +120,9 @@ class TransformerTask(Task):
 
     def save(self, model: Transformer, directory: epath.Path) -> None:
         """Writes what `omni.bundle.Model` reads, but for the tokenizers, which training knows nothing of."""
-        save_transformer(directory, model, context_length=self.row_length)
+        hashes = {"vocabulary": self.shards.vocabulary.hash, "grammar": self.shards.grammar.hash}
+        tokenizers = self.shards.manifest["provenance"].get("tokenizers", {})
+        save_transformer(directory, model, context_length=self.row_length, belongs_to=hashes | tokenizers)
         for name, content in self.metadata().items():
             (directory / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
