@@ -15,7 +15,7 @@ class EvaluationSettings:
     per_direction: int = 1000
     """Generated targets of each direction; every held-out example is an input where there are no more of them."""
     shuffled: int = 256
-    """Generated targets of each direction with the inputs shuffled; whole batches, so that none is compiled for these."""
+    """Generated targets of each direction with the inputs shuffled, in whole batches: none is compiled for these."""
     requests: int = 300
     """Requests in words without `want`."""
     unconstrained: int = 1000
