@@ -139,7 +139,7 @@ class TokenShards:
 
     @functools.cached_property
     def codebooks(self) -> dict[str, Float[np.ndarray, "codes code_dim"]]:
-        """Vocabulary block -> the vectors of its codes; empty where the shards hold none.
+        """Vocabulary block -> the vectors of its codes, in the order of the names; empty where the shards hold none.
 
         Raises:
           OmniError: the file is damaged, or a codebook does not fit its block.
@@ -154,7 +154,7 @@ class TokenShards:
         for name, vectors in codebooks.items():
             if vectors.ndim != 2 or len(vectors) != len(self.vocabulary.block(name)):
                 raise OmniError(f"{path}: {name} has the shape {list(vectors.shape)}, which does not fit its block")
-        return codebooks
+        return dict(sorted(codebooks.items()))  # a file is read in an order that differs from process to process
 
     def _check_hash(self, name: str, found: str) -> None:
         if found != self.manifest[name]:

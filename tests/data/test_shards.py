@@ -111,3 +111,14 @@ def test_codebooks_come_back_and_must_fit(tmp_path):
     (tmp_path / "whole" / "codebooks.safetensors").write_bytes(b"short")
     with pytest.raises(OmniError, match="cannot be read"):
         _ = TokenShards(tmp_path / "whole").codebooks
+
+
+def test_codebooks_come_in_one_order(tmp_path, monkeypatch):
+    """Whatever order the file is read in (it differs between processes), for random numbers are drawn by codebook."""
+    grammar = make_grammar()
+    books = {name: np.zeros((len(grammar.vocabulary.block(name)), 2)) for name in grammar.vocabulary.blocks}
+    write_shards(tmp_path / "shards", make_documents(grammar, 3), grammar.vocabulary, grammar, {}, codebooks=books)
+    for reverse in (False, True):
+        order = dict(sorted(books.items(), reverse=reverse))
+        monkeypatch.setattr(shards_module.safetensors.numpy, "load", lambda data, order=order: order)
+        assert list(TokenShards(tmp_path / "shards").codebooks) == sorted(books)
