@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Int
@@ -52,13 +52,6 @@ class Packing:
         dealt[self._by_length] = self._by_length[np.lexsort((random.random(lengths.size), lengths))]
         documents = dealt[self._places]
         return [documents[self._bounds[row] : self._bounds[row + 1]] for row in random.permutation(self.rows)]
-
-
-def pack(
-    lengths: Sequence[int] | Int[np.ndarray, " documents"], capacity: int, seed: int, epoch: int
-) -> list[Int[np.ndarray, " documents"]]:
-    """The rows of one epoch; see `Packing`, which keeps what the epochs share."""
-    return Packing(np.asarray(lengths), capacity, seed).epoch(epoch)
 
 
 def _fill(lengths: Int[np.ndarray, " documents"], order: Int[np.ndarray, " fitting"], capacity: int) -> list[list[int]]:

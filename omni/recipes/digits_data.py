@@ -176,7 +176,7 @@ def augment_images(
 
     Held-out scans are shown as they are, white on black, and what the model draws is judged beside such pictures, so
     most training pictures (`plain`: a share) keep these colours and differ in shape alone. The others, for scans on
-    paper and for any pen, are black on white or of two random colours of different brightness: `stroke` undoes colours.
+    paper and for any pen, are black on white or of two random colours of different brightness.
     """
     return np.stack([_augment(scan, rng, plain) for scan in raw])
 
@@ -199,14 +199,6 @@ def _excerpt(samples: Float[np.ndarray, " samples"], rng: np.random.Generator) -
 def plain_images(raw: UInt8[np.ndarray, "n 8 8"]) -> UInt8[np.ndarray, "n 32 32 3"]:
     """The scans enlarged to 26 pixels by cubic splines in the middle of 32, white on black."""
     return np.stack([_paint(_enlarge(scan), WHITE, BLACK) for scan in raw])
-
-
-def stroke(images: UInt8[np.ndarray, "n height width 3"]) -> Float[np.ndarray, "n height width"]:
-    """How much each pixel differs from the border, 0 to 1 (float32): the digit without its colours, for judging."""
-    pixels = np.asarray(images, np.float32)
-    border = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], 1)
-    distance = np.linalg.norm(pixels - np.median(border, 1)[:, None, None], axis=-1)
-    return distance / np.maximum(distance.max((1, 2), keepdims=True), 1)
 
 
 def _augment(scan: np.ndarray, rng: np.random.Generator, plain: float) -> np.ndarray:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni.data.packing import Packing, pack
+from omni.data.packing import Packing
 from omni_tokenizers.errors import OmniError
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=120)
@@ -15,7 +15,7 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=120)
 @given(LENGTHS, st.integers(40, 90), st.integers(0, 5), st.integers(0, 5))
 def test_every_document_once_and_capacity_kept(lengths, capacity, seed, epoch):
     """Each document is in exactly one row of an epoch, and no row holds more than fits."""
-    rows = pack(lengths, capacity, seed, epoch)
+    rows = Packing(np.asarray(lengths), capacity, seed).epoch(epoch)
     assert sorted(np.concatenate(rows).tolist()) == list(range(len(lengths)))
     assert all(0 < np.asarray(lengths)[row].sum() <= capacity for row in rows)
 
@@ -40,7 +40,7 @@ def test_pure_function_of_seed_and_epoch():
     lengths = np.random.default_rng(0).integers(5, 60, 500)
 
     def rows(seed, epoch):
-        return [row.tolist() for row in pack(lengths, 128, seed, epoch)]
+        return [row.tolist() for row in Packing(np.asarray(lengths), 128, seed).epoch(epoch)]
 
     assert rows(1, 2) == rows(1, 2)
     assert rows(1, 2) != rows(1, 3)

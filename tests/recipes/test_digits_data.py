@@ -8,6 +8,8 @@ import pytest
 
 import omni_tokenizers
 from omni.cli import main
+from omni.evaluate.features import picture_features
+from omni.parts import Image
 from omni.recipes import digits_data, espeak
 from omni.train.metrics import read_metrics
 from omni_tokenizers.errors import OmniError
@@ -113,7 +115,7 @@ def test_augmentation_keeps_the_digit(data):
     from sklearn.svm import SVC
 
     def features(images):
-        return digits_data.stroke(images).reshape(len(images), 16, 2, 16, 2).mean((2, 4)).reshape(len(images), -1)
+        return picture_features([Image(pixels) for pixels in images])
 
     train, test, rng = data.train.scans, data.test.scans, np.random.default_rng(0)
     judge = SVC(C=10).fit(features(train.images), train.labels)
