@@ -43,7 +43,8 @@ class Request:
       parts: the prompt: strings, parts, pictures, paths (see `omni.parts.as_part`).
       want: modalities of the reply's parts, in order; None leaves them to the model.
       seed: same seed, same reply, whatever else is in the batch.
-      max_tokens: most tokens of the reply; by default what the wanted parts can take, or the rest of the context.
+      max_tokens: most tokens of the reply; by default the longest picture or sound and 32 tokens of text for each that
+        is wanted, or the rest of the context.
       temperature, top_k, top_p, guidance: one number, or modality -> number.
       constrained: whether only well-formed replies can come.
     """

@@ -47,6 +47,12 @@ def _fail(message: object, code: int) -> None:
     sys.exit(code)
 
 
+def _status(message: str) -> None:
+    """Tells someone who waits at a terminal what takes its time; logs and pipes are spared it."""
+    if sys.stderr.isatty():
+        print(f"omni: {message} ...", file=sys.stderr)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all verbs; each verb sets `run`, and `takes_overrides` where configuration keys may follow."""
     parser = argparse.ArgumentParser(
@@ -110,7 +116,9 @@ def make_parser() -> argparse.ArgumentParser:
         "omni eval runs/quickstart",
     )
     evaluate.add_argument("run_directory", metavar="RUN")
-    evaluate.add_argument("--model", help="measure this model on the run's held-out data instead of the run's own")
+    evaluate.add_argument(
+        "--model", help="measure this model on the run's held-out data instead of the run's own; needs --output"
+    )
     evaluate.add_argument("--output", type=Path, help="where to write instead of RUN, or of RUN/quick")
     evaluate.add_argument("--limit", type=int, help="targets per direction, for a quick look, written to RUN/quick")
     evaluate.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -204,6 +212,7 @@ def run_train(options: argparse.Namespace, overrides: list[str]) -> None:
 def run_generate(options: argparse.Namespace) -> None:
     import omni
 
+    _status(f"loading {options.model}")
     model = omni.load(options.model)
     settings = {
         name: parse_setting(name, getattr(options, name))
@@ -212,6 +221,7 @@ def run_generate(options: argparse.Namespace) -> None:
     }
     want = [name.strip() for name in options.want.split(",")] if options.want else None
     parts = read_arguments(options.parts)
+    _status("compiling and generating")
     reply = model.generate(parts, want=want, seed=options.seed, max_tokens=options.max_tokens, **settings)
     files = reply.save(options.out) if options.out else []
     if options.json:
@@ -300,6 +310,7 @@ def run_tokenizer_decode(options: argparse.Namespace) -> None:
 def run_inspect(options: argparse.Namespace) -> None:
     from omni.inspection import describe, print_description
 
+    _status(f"reading {options.model}")
     description = describe(options.model)
     if options.json:
         print(json.dumps(description))

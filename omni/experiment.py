@@ -6,7 +6,13 @@ a frozen dataclass with a `run()` method (`omni.train.loop.TrainConfig`, `omni.r
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,6 +43,40 @@ def load_experiment(path: str | Path):
 def override(config: Config, arguments: list[str], prog: str) -> Config:
     """The configuration with command-line overrides such as `--optimizer.learning-rate 1e-3` applied.
 
-    tyro prints the help, and names the nearest key for an unknown one and exits with 2.
+    Raises:
+      UsageError: for an unknown key, with the nearest that there is, and for a value that does not fit its key.
     """
-    return tyro.cli(type(config), default=config, args=arguments, prog=prog, config=(tyro.conf.FlagConversionOff,))
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            changed, unknown = tyro.cli(
+                type(config),
+                default=config,
+                args=arguments,
+                prog=prog,
+                config=(tyro.conf.FlagConversionOff,),
+                return_unknown_args=True,
+            )
+    except SystemExit as exit:
+        if not exit.code:  # --help
+            raise
+        raise UsageError(f"{_first_message(printed.getvalue())}; {prog} --help lists all keys") from None
+    if unknown:
+        key = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(key, _keys(config), n=1, cutoff=0.4)
+        hint = f"; the nearest is {near[0]}" if near else ""
+        raise UsageError(f"unknown configuration key {key}{hint}; {prog} --help lists all")
+    return changed
+
+
+def _keys(config, prefix: str = "--") -> Iterator[str]:
+    """The command-line names of a configuration's settings, those of the configurations in it with a dot."""
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name.replace("_", "-"), getattr(config, field.name)
+        yield from _keys(value, f"{name}.") if dataclasses.is_dataclass(value) else [name]
+
+
+def _first_message(box: str) -> str:
+    """The first paragraph of a message that tyro has drawn a frame around."""
+    lines = [line.strip("│ ").strip() for line in box.splitlines()[1:]]
+    return " ".join(itertools.takewhile(lambda line: line.strip("─╰╯"), lines)).rstrip(".")

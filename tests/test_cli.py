@@ -148,10 +148,16 @@ def test_a_sound_of_192_khz_and_8_channels_is_read(run, tiny_bundle, tmp_path):
         (["train", "--help"], 0, "example:"),
         (["tokenizer", "train", "--help"], 0, "example:"),
         (["tokenizer", "encode", "--help"], 0, "example:"),
-        (["quickstart", "--imagee-variants", "3"], 2, "--image-variants"),
+        (
+            ["quickstart", "--imagee-variants", "3"],
+            2,
+            "the nearest is --image-variants",
+        ),
+        (["quickstart", "--transformer.dept=3"], 2, "the nearest is --transformer.depth"),
         (["quickstart", "--image-variants", "many"], 2, "image-variants"),
         (["fly"], 2, "invalid choice"),
         (["eval", "."], 1, "no run of the digits recipe"),
+        (["eval", ".", "--model", "MODEL"], 2, "with --output"),
     ],
 )
 def test_wrong_usage_says_what_is_right(run, tiny_bundle, tmp_path, monkeypatch, arguments, code, message):
@@ -159,6 +165,7 @@ def test_wrong_usage_says_what_is_right(run, tiny_bundle, tmp_path, monkeypatch,
     found, out, err = run(*[str(tiny_bundle) if a == "MODEL" else a for a in arguments])
     assert found == code, err
     assert message in out + err and "Traceback" not in out + err
+    assert code == 0 or "usage:" in err or len(err.strip().splitlines()) == 1, err
 
 
 def test_words_that_the_shell_has_split_are_one_text():
