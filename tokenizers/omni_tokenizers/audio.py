@@ -245,7 +245,7 @@ class AudioTokenizer(NetTokenizer):
         samples = _bucket(frames) * self.samples_per_frame
         audio = audio[:, :samples]
         audio = np.pad(audio, ((0, 0), (0, samples - audio.shape[1])))
-        ids = np.asarray(self._encode(self.state, audio, lengths))
+        ids = self._in_chunks(self._encode, audio, lengths)
         return Codes(ids[..., :frames], lengths)
 
     def decode(self, codes: Codes | Int[np.ndarray, "batch codebooks frames"]) -> Float[np.ndarray, "batch 1 samples"]:
@@ -264,7 +264,7 @@ class AudioTokenizer(NetTokenizer):
         whole = np.full(batch, frames * step, np.int32)
         lengths = whole if codes.lengths is None else _checked_lengths(codes.lengths, whole)
         ids = np.pad(codes.ids, ((0, 0), (0, 0), (0, _bucket(frames) - frames)))
-        audio = np.array(self._decode(self.state, ids, -(-lengths // step)))[:, : lengths.max()]
+        audio = self._in_chunks(self._decode, ids, -(-lengths // step))[:, : lengths.max()]
         audio[np.arange(audio.shape[1]) >= lengths[:, None]] = 0
         return np.clip(audio, -1, 1)[:, None]
 

@@ -24,6 +24,7 @@ from omni_tokenizers.errors import OmniError
 DESCRIPTION = "tokenizer.json"
 WEIGHTS = "weights.safetensors"
 _LARGEST_DESCRIPTION = 1 << 20
+_CHUNK = 256  # rows that go through a net together
 
 # "type" in tokenizer.json -> where its class is; imported when a directory names it.
 TYPES = {
@@ -91,6 +92,20 @@ class NetTokenizer(Tokenizer):
     @abc.abstractmethod
     def code_vectors(self) -> tuple[Float[np.ndarray, "codes code_dim"], ...]:
         """The vectors of each codebook's codes, float32."""
+
+    def _in_chunks(self, function, *arrays: np.ndarray) -> np.ndarray:
+        """Applies a jitted function of the state and arrays by chunks padded to powers of two: few shapes compile.
+
+        A row must not depend on the other rows.
+        """
+        results = []
+        for start in range(0, max(len(arrays[0]), 1), _CHUNK):
+            chunks = [array[start : start + _CHUNK] for array in arrays]
+            rows = len(chunks[0])
+            padding = (1 << max(rows - 1, 0).bit_length()) - rows
+            padded = [np.pad(chunk, ((0, padding),) + ((0, 0),) * (chunk.ndim - 1)) for chunk in chunks]
+            results.append(np.asarray(function(self.state, *padded))[:rows])
+        return np.concatenate(results)
 
     def save(self, directory: epath.PathLike, *, dtype: str = "float32") -> None:
         """Writes tokenizer.json and weights.safetensors; `dtype` is how parameters (not codebooks) are stored."""

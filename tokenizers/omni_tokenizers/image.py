@@ -20,7 +20,6 @@ from omni_tokenizers.codes import Codes, as_codes
 from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.quantizers import EMAVectorQuantizer, Quantized, VectorQuantizerConfig
 
-_CHUNK = 256
 # Bounds for descriptions that come with files from elsewhere.
 _LARGEST = 1 << 20
 _DEEPEST = 64
@@ -214,7 +213,7 @@ class ImageTokenizer(NetTokenizer):
             raise OmniError(f"images must be uint8 (0 to 255), got {x.dtype}; convert them first")
         if x.ndim != 4 or x.shape[1:] != wanted:
             raise OmniError(f"images must be [batch, {', '.join(map(str, wanted))}], got {list(x.shape)}; resize them")
-        return Codes(self._in_chunks(self._encode, x, self.grid, np.int32))
+        return Codes(self._in_chunks(self._encode, x))
 
     def decode(self, codes: Codes | Int[np.ndarray, "batch rows columns"]) -> UInt8[np.ndarray, "batch height width 3"]:
         """Images of codes.
@@ -225,17 +224,7 @@ class ImageTokenizer(NetTokenizer):
         ids = as_codes(codes, axes=("batch", "rows", "columns"), size=self.codebook_sizes[0]).ids
         if ids.shape[1:] != self.grid:
             raise OmniError(f"codes must be [batch, {self.grid[0]}, {self.grid[1]}], got {list(ids.shape)}")
-        return self._in_chunks(self._decode, ids, (self.image_size, self.image_size, 3), np.uint8)
-
-    def _in_chunks(self, function, x: np.ndarray, shape: tuple[int, ...], dtype) -> np.ndarray:
-        """Applies a jitted function by chunks padded to powers of two, so that few shapes compile."""
-        results = [np.zeros((0, *shape), dtype)]
-        for start in range(0, len(x), _CHUNK):
-            chunk = x[start : start + _CHUNK]
-            padding = (1 << (len(chunk) - 1).bit_length()) - len(chunk)
-            padded = np.pad(chunk, ((0, padding),) + ((0, 0),) * (x.ndim - 1))
-            results.append(np.asarray(function(self.state, padded))[: len(chunk)])
-        return np.concatenate(results)
+        return self._in_chunks(self._decode, ids)
 
 
 def normalized(image: Array) -> Float[Array, "batch height width 3"]:
