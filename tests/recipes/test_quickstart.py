@@ -87,6 +87,7 @@ def test_the_wheel_is_what_ran(wheel):
     ).stdout.split()
     assert all(Path(path).is_relative_to(wheel) for path in found)
     assert (wheel / "omni" / "evaluate" / "templates" / "report.html.j2").exists()
+    assert (wheel / "omni" / "recipes" / "models" / "digits" / "tokenizers" / "audio" / "weights.safetensors").exists()
 
 
 def test_quickstart_leaves_results_a_report_and_a_model(undisturbed, tmp_path):
