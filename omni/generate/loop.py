@@ -6,6 +6,7 @@ request i, the others are shadows, which read every token that their request emi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import jax
@@ -17,6 +18,7 @@ from omni.generate.sampling import sample
 from omni.model import Decoder, apply_decoder, init_cache
 
 Cache = list[tuple[Array, Array]]
+PLAUSIBLE = 0.1  # least share of the likeliest id's own probability that an id needs to be drawn under guidance
 
 
 @jax.tree_util.register_dataclass
@@ -116,9 +118,10 @@ def emit(rules: Rules, settings: Settings, state: State) -> tuple[State, Int[Arr
     admitted = admitted_classes(rules, state.grammar, remaining, expected, reserve, settings.free, settings.constrained)
     modality = rules.next_modality[state.grammar]
     live = ~state.done & jnp.any(admitted, axis=-1)
+    logits, plausible = guided_logits(settings, state.logits, modality, admitted[:, rules.class_of])
     token = sample(
-        guided_logits(settings, state.logits, modality),
-        admitted[:, rules.class_of],
+        logits,
+        plausible,
         jax.vmap(token_key)(settings.seed, state.count),
         settings.temperature[requests, modality],
         jnp.where(live, settings.top_k[requests, modality], 0),  # what needs no top-k or top-p does not pay for it
@@ -153,18 +156,28 @@ def token_key(seed: UInt[Array, ""], count: Int[Array, ""]) -> PRNGKeyArray:
 
 
 def guided_logits(
-    settings: Settings, logits: Float[Array, "rows vocabulary"], modality: Int[Array, " requests"]
-) -> Float[Array, "requests vocabulary"]:
-    """Own logits + sum over shadows of weight (shadow's - own).
+    settings: Settings,
+    logits: Float[Array, "rows vocabulary"],
+    modality: Int[Array, " requests"],
+    admitted: Bool[Array, "requests vocabulary"],
+) -> tuple[Float[Array, "requests vocabulary"], Bool[Array, "requests vocabulary"]]:
+    """Own logits + sum over shadows of weight (shadow's - own), and the admitted ids that are left to choose from.
 
-    Guidance is defined on log-probabilities; their normalisers only add a constant to a row, which no draw sees.
+    Guidance is defined on log-probabilities; their normalisers only add a constant to a row, which no draw sees. It
+    lifts whatever the shadows find still less likely than the request does, nonsense too: so a guided request chooses
+    among ids that by itself it finds at least `PLAUSIBLE` times as likely as the likeliest (the plausibility
+    constraint of contrastive decoding, Li et al. 2023, arXiv:2210.15097, section 3.3).
     """
     own = logits[: len(modality)]
-    guided = own
+    guided, changed = own, jnp.zeros(len(modality), bool)
     for place in range(settings.shadow.shape[1]):
         weight = settings.weight[jnp.arange(len(modality)), place, modality]
         guided = guided + weight[:, None] * (logits[settings.shadow[:, place]] - own)
-    return guided
+        changed |= weight != 0
+    if settings.shadow.shape[1]:
+        likeliest = jnp.max(jnp.where(admitted, own, -jnp.inf), axis=-1)
+        admitted = admitted & ((own >= likeliest[:, None] + math.log(PLAUSIBLE)) | ~changed[:, None])
+    return guided, admitted
 
 
 def read(decoder: Decoder, rules: Rules, settings: Settings, state: State, token: Int[Array, " requests"]) -> State:

@@ -1,10 +1,13 @@
 """The batched, cached engine against the slow reference, and its counts of steps and compilations."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from reference import AUDIO, IMAGE, ONE, PLAIN, SIZED, TEXT, make_grammar, make_model, prompt, request, slow_generate
 
 from omni.generate import Engine, Shadow, unconditional_shadow
+from omni.generate.loop import guided_logits
 from omni.model import make_decoder
 from omni_tokenizers.errors import OmniError
 
@@ -102,6 +105,21 @@ def test_seed_changes_a_reply_and_repeats_it(grammar, engine):
     ids = prompt(grammar, 1, "text")
     one, same, other = (engine.generate([request(grammar, ids, seed=seed)])[0] for seed in (1, 1, 2**32 - 1))
     assert one.ids.tolist() == same.ids.tolist() != other.ids.tolist()
+
+
+def test_guidance_lifts_nothing_that_the_request_finds_unlikely():
+    """An id that the shadow finds still less likely gains most by guidance, but it is nonsense and stays out."""
+    own, shadow = np.log([[0.60, 0.30, 0.0999, 0.0001], [0.20, 0.40, 0.40, 1e-20]])
+    settings = SimpleNamespace(shadow=np.array([[1]]), weight=np.array([[[-2.0]]]))
+    logits = np.stack([own, shadow]).astype(np.float32)
+    everything = np.ones((1, 4), bool)
+    guided, left = guided_logits(settings, logits, np.array([0]), everything)
+    assert np.argmax(guided[0]) == 3 and left[0].tolist() == [True, True, True, False]
+    settings.weight = np.zeros((1, 1, 1))  # a modality without guidance
+    assert guided_logits(settings, logits, np.array([0]), everything)[1].all()
+    settings.weight = np.array([[[-2.0]]])
+    only = np.array([[False, False, True, True]])  # among what is admitted
+    assert guided_logits(settings, logits, np.array([0]), only)[1][0].tolist() == [False, False, True, False]
 
 
 def test_guidance_of_modalities_that_cannot_come_costs_nothing(grammar, engine):
