@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--trained-by", default="omni train experiments/digits.py", help="the command to note down")
     options = parser.parse_args()
+    if options.directory.exists() and not (options.directory / "made.json").exists():
+        parser.error(f"{options.directory} is there and was not made by this script; it would be replaced")
     with tempfile.TemporaryDirectory() as scratch:
         exported = Path(scratch) / "exported"
         omni.load(options.run).save(exported, dtype="float16")
@@ -40,7 +42,8 @@ def main() -> None:
             "results": results,
         }
         (exported / "made.json").write_text(json.dumps(made, indent=1) + "\n")
-        shutil.rmtree(options.directory, ignore_errors=True)
+        if options.directory.exists():
+            shutil.rmtree(options.directory)
         shutil.copytree(exported, options.directory)
     print(f"wrote {options.directory} ({weight / 1e6:.2f} MB)")
 

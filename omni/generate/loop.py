@@ -18,7 +18,7 @@ from omni.generate.sampling import sample
 from omni.model import Decoder, apply_decoder, init_cache
 
 Cache = list[tuple[Array, Array]]
-PLAUSIBLE = 0.1  # least share of the likeliest id's own probability that an id needs to be drawn under guidance
+PLAUSIBLE = 0.1  # least share of the likeliest id's own probability that an id needs to be drawn under guidance above 1
 
 
 @jax.tree_util.register_dataclass
@@ -163,20 +163,20 @@ def guided_logits(
 ) -> tuple[Float[Array, "requests vocabulary"], Bool[Array, "requests vocabulary"]]:
     """Own logits + sum over shadows of weight (shadow's - own), and the admitted ids that are left to choose from.
 
-    Guidance is defined on log-probabilities; their normalisers only add a constant to a row, which no draw sees. It
-    lifts whatever the shadows find still less likely than the request does, nonsense too: so a guided request chooses
-    among ids that by itself it finds at least `PLAUSIBLE` times as likely as the likeliest (the plausibility
+    Guidance is defined on log-probabilities; their normalisers only add a constant to a row, which no draw sees. Above
+    1 it lifts whatever the shadows find still less likely than the request does, nonsense too: so there a request
+    chooses among ids that by itself it finds at least `PLAUSIBLE` times as likely as the likeliest (the plausibility
     constraint of contrastive decoding, Li et al. 2023, arXiv:2210.15097, section 3.3).
     """
     own = logits[: len(modality)]
-    guided, changed = own, jnp.zeros(len(modality), bool)
+    guided, lifted = own, jnp.zeros(len(modality), bool)
     for place in range(settings.shadow.shape[1]):
         weight = settings.weight[jnp.arange(len(modality)), place, modality]
         guided = guided + weight[:, None] * (logits[settings.shadow[:, place]] - own)
-        changed |= weight != 0
+        lifted |= weight < 0
     if settings.shadow.shape[1]:
         likeliest = jnp.max(jnp.where(admitted, own, -jnp.inf), axis=-1)
-        admitted = admitted & ((own >= likeliest[:, None] + math.log(PLAUSIBLE)) | ~changed[:, None])
+        admitted = admitted & ((own >= likeliest[:, None] + math.log(PLAUSIBLE)) | ~lifted[:, None])
     return guided, admitted
 
 

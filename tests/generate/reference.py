@@ -249,7 +249,7 @@ def slow_generate(model: Transformer, grammar: Grammar, asked: PreparedRequest) 
             assert modality == next_modality(grammar, reply)
         shares = [shadow.weight[modality] for shadow in asked.shadows]
         logits = sum((w * row for w, row in zip(shares, rows[1:], strict=True)), (1 - sum(shares)) * rows[0])
-        if any(shares):  # nothing that the request itself finds ten times less likely than the likeliest
+        if min(shares, default=0) < 0:  # nothing that the request itself finds ten times less likely than the likeliest
             allowed = allowed & (np.exp(rows[0]) >= 0.1 * np.exp(rows[0][allowed]).max())
         key = jax.random.fold_in(jax.random.key(asked.seed), len(reply))
         token = choose(

@@ -115,8 +115,9 @@ def test_guidance_lifts_nothing_that_the_request_finds_unlikely():
     everything = np.ones((1, 4), bool)
     guided, left = guided_logits(settings, logits, np.array([0]), everything)
     assert np.argmax(guided[0]) == 3 and left[0].tolist() == [True, True, True, False]
-    settings.weight = np.zeros((1, 1, 1))  # a modality without guidance
-    assert guided_logits(settings, logits, np.array([0]), everything)[1].all()
+    for weight in (0.0, 0.5, 1.0):  # no guidance, and towards the shadow: nothing is lifted
+        settings.weight = np.full((1, 1, 1), weight)
+        assert guided_logits(settings, logits, np.array([0]), everything)[1].all()
     settings.weight = np.array([[[-2.0]]])
     only = np.array([[False, False, True, True]])  # among what is admitted
     assert guided_logits(settings, logits, np.array([0]), only)[1][0].tolist() == [False, False, True, False]
