@@ -30,7 +30,10 @@ def main() -> None:
         parser.error(f"{options.directory} is there and was not made by this script; it would be replaced")
     with tempfile.TemporaryDirectory() as scratch:
         exported = Path(scratch) / "exported"
-        omni.load(options.run).save(exported, dtype="float16")
+        try:
+            omni.load(options.run).save(exported, dtype="float16")
+        except omni.OmniError as error:
+            parser.error(str(error))
         files = sorted(path for path in exported.rglob("*") if path.is_file())
         weight = sum(path.stat().st_size for path in files)
         if weight > LARGEST:

@@ -148,16 +148,13 @@ def test_a_sound_of_192_khz_and_8_channels_is_read(run, tiny_bundle, tmp_path):
         (["train", "--help"], 0, "example:"),
         (["tokenizer", "train", "--help"], 0, "example:"),
         (["tokenizer", "encode", "--help"], 0, "example:"),
-        (
-            ["quickstart", "--imagee-variants", "3"],
-            2,
-            "the nearest is --image-variants",
-        ),
+        (["quickstart", "--imagee-variants", "3"], 2, "the nearest is --image-variants"),
         (["quickstart", "--transformer.dept=3"], 2, "the nearest is --transformer.depth"),
         (["quickstart", "--image-variants", "many"], 2, "image-variants"),
         (["fly"], 2, "invalid choice"),
         (["eval", "."], 1, "no run of the digits recipe"),
         (["eval", ".", "--model", "MODEL"], 2, "with --output"),
+        (["eval", ".", "--model", "MODEL", "--output", "."], 2, "with --output"),
     ],
 )
 def test_wrong_usage_says_what_is_right(run, tiny_bundle, tmp_path, monkeypatch, arguments, code, message):

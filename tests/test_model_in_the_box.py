@@ -11,8 +11,14 @@ import pytest
 import omni
 from omni.bundle import MODELS
 from omni.cli import main
+from omni.evaluate.cells import model_hash
 
 DIGITS = Path(MODELS) / "digits"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return omni.load("digits")
 
 
 def test_its_figures_belong_to_its_files():
@@ -24,17 +30,18 @@ def test_its_figures_belong_to_its_files():
     assert made["results"]["limit"] is None and made["results"]["matrix"]["audio"]["image"]["n"] >= 1000
 
 
+def test_its_figures_are_of_this_engine(model):
+    """They were measured on these weights, and by the engine that users get."""
+    signature = json.loads((DIGITS / "made.json").read_text())["results"]["signature"].split("|")
+    assert f"model:{model_hash(model)}" in signature and f"engine:{model.engine.version}" in signature
+
+
 def test_it_answers_by_name(tmp_path, monkeypatch, capsys):
     """`omni generate digits "seven"` gives a picture and a sound from any directory."""
     monkeypatch.chdir(tmp_path)
     main(["generate", "digits", "seven", "--want", "image,audio", "--out", "out"])
     assert sorted(os.listdir(tmp_path / "out")) == ["1.png", "2.wav"]
     assert "wrote out/1.png" in capsys.readouterr().out
-
-
-@pytest.fixture(scope="module")
-def model():
-    return omni.load("digits")
 
 
 def test_it_says_again_what_it_drew(model):
@@ -51,3 +58,4 @@ def test_prompt_and_reply_hold_all_three_modalities(model):
     three = model.generate(["three"], want=["image", "audio"])
     reply = model.generate(["this is three:", *three.parts], want=["text", "image", "audio"])
     assert [part.modality for part in reply.parts] == ["text", "image", "audio"] and reply.well_formed
+    assert reply.text == "three"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -18,9 +19,11 @@ from omni.bundle import Model
 
 
 def model_hash(model: Model) -> str:
-    """First 16 hex digits of the SHA-256 over parameters, vocabulary, grammar, tokenizers and sampling settings."""
+    """First 16 hex digits of the SHA-256 over parameters, configuration, vocabulary, grammar, tokenizers and sampling
+    settings."""
     tokenizers = {modality: tokenizer.hash for modality, tokenizer in model.tokenizers.items()}
-    names = [model.vocabulary.hash, model.grammar.hash, tokenizers, model.generation]
+    config = [dataclasses.asdict(model.config), model.context_length]
+    names = [model.vocabulary.hash, model.grammar.hash, tokenizers, model.generation, config]
     digest = hashlib.sha256(json.dumps(names, sort_keys=True).encode())
     leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model.transformer)))
     for path, leaf in leaves:

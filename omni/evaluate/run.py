@@ -60,6 +60,7 @@ def evaluate(
     settings = (settings or EvaluationSettings()).limited(limit)
     directory = epath.Path(directory) / DIRECTORY
     key = {"version": VERSION, "judge": judging.VERSION, "model": model_hash(model), "data": data.hash}
+    key["engine"] = model.engine.version
     counted = dataclasses.asdict(settings) | {"batch": None}  # the batch changes no reply
     cells = Cells(directory / "cells", key | {"settings": counted})
     bench = _Bench(model, data, settings)
@@ -108,6 +109,10 @@ def signature(model: Model, data: EvaluationData, settings: EvaluationSettings, 
         "shuffled": settings.shuffled,
         "requests": settings.requests,
         "seed": settings.seed,
+        "unconstrained": settings.unconstrained,
+        "documents": settings.documents,
+        "heard": settings.heard,
+        "engine": model.engine.version,
         "sampling": chosen or "plain",
         "model": weights,
         **{f"{modality}_tokenizer": tokenizer.hash for modality, tokenizer in sorted(model.tokenizers.items())},

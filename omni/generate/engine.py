@@ -25,8 +25,11 @@ class Engine:
     Prompts, replies and batches are padded to few sizes (`bucket`, powers of two), so that few programs are compiled.
 
     Attributes:
+      version: number of the way replies are drawn; the same request and seed get other replies from another version.
       counts: how often `prefill` and `advance` were compiled, and the `steps` taken by all batches.
     """
+
+    version = 2
 
     def __init__(self, decoder: Decoder, grammar: Grammar, *, context: int | None = None, max_rows: int = 256):
         """`context`: most tokens of prompt and reply, None for no limit; `max_rows`: most sequences in one batch."""

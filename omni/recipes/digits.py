@@ -286,11 +286,11 @@ def evaluate_run(
       limit: targets per direction, for a quick look.
 
     Raises:
-      UsageError: for another model without an `output`, which would overwrite the run's own results.
+      UsageError: for another model without an `output` of its own, which would overwrite the run's results.
       OmniError: if the directory is no finished run of this recipe.
     """
     run = epath.Path(run)
-    if model and not output:
+    if model and (not output or epath.Path(output).resolve() == run.resolve()):
         raise UsageError(f"another model's results would overwrite those of {run}; name their directory with --output")
     if not (run / "stages" / "transformer.json").exists():
         raise OmniError(f"{run}: no run of the digits recipe whose transformer is trained; omni quickstart makes one")

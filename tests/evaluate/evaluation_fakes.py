@@ -6,12 +6,15 @@ models answer through the real grammar and processor: what evaluation sees is a 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from omni.evaluate import EvaluationData, EvaluationSettings, Examples, WordRequest
 from omni.grammar import Grammar, Span
+from omni.model import TransformerConfig
 from omni.parts import Audio, Image, Text
 from omni.processor import Processor
 from omni.reply import make_replies
@@ -167,6 +170,7 @@ class FakeModel:
         self.tokenizers = self.processor.tokenizers
         self.transformer = Nothing(skill)
         self.generation = {"temperature": {"image": 0.5}}
+        self.config, self.context_length, self.engine = TransformerConfig(), 64, SimpleNamespace(version=1)
         self.asked, self.batches, self.fails_after = 0, 0, fails_after
 
     def generate_batch(self, requests):

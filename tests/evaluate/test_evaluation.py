@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import time
+from types import SimpleNamespace
 
 import evaluation_fakes as fakes
 import numpy as np
@@ -18,6 +19,7 @@ from omni.evaluate.replies import ask
 from omni.evaluate.run import read_samples
 from omni.evaluate.tokens import measure_bits
 from omni.evaluate.variety import measure_variety
+from omni.model import TransformerConfig
 
 CROSS = list(itertools.permutations(("text", "image", "audio"), 2))
 CHANCE = 1 / len(WORDS)
@@ -284,3 +286,14 @@ def test_text_is_judged_by_exact_match(data):
     """A word counts stripped and in any case; a sentence around it does not."""
     texts = [fakes.Text(text) for text in (" Bee\n", "the bee", "", "bees")]
     assert fit_judges(data)["text"].labels([*texts, None]).tolist() == [1, -1, -1, -1, -1]
+
+
+@pytest.mark.parametrize("change", ["engine", "config", "context_length"])
+def test_nothing_is_read_that_another_engine_or_configuration_gave(data, able, tmp_path, change):
+    """Cells are measured anew when what draws replies has changed, though the weights have not."""
+    evaluate(FakeModel(skill=0.9, breaks=0.3), data, tmp_path, SMALL)
+    other = FakeModel(skill=0.9, breaks=0.3)
+    changes = {"engine": SimpleNamespace(version=2), "config": TransformerConfig(rope_theta=5e3), "context_length": 128}
+    setattr(other, change, changes[change])
+    results = evaluate(other, data, tmp_path, SMALL)
+    assert other.asked > 0 and results["signature"] != able["signature"]
