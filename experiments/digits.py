@@ -28,7 +28,8 @@ config = dataclasses.replace(
     output="runs/digits",
     image_training=dataclasses.replace(quickstart.image_training, steps=1000),
     audio_training=dataclasses.replace(quickstart.audio_training, steps=1200),
-    image_variants=24,
+    image_variants=48,
+    audio_variants=11,
     documents=200_000,
-    transformer_training=dataclasses.replace(quickstart.transformer_training, steps=9000, ema_decay=0.998),
+    transformer_training=dataclasses.replace(quickstart.transformer_training, steps=12000, ema_decay=0.998),
 )

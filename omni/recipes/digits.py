@@ -109,6 +109,8 @@ class DigitsRecipe:
     """Its training."""
     image_variants: int = 12
     """Augmentations of each training scan among the documents."""
+    audio_variants: int = 3
+    """Augmentations of each training utterance among the documents, beside the utterance as it is."""
     documents: int = 50_000
     """Documents to draw; training goes through them more than once if it is long."""
     transformer: TransformerConfig = field(
@@ -176,7 +178,7 @@ class DigitsRecipe:
             text, image, audio = (tokenizer(modality) for modality in ("text", "image", "audio"))
             if (output / "tokens").exists():
                 (output / "tokens").rmtree()
-            pools = make_pools(data, text, image, audio, self.image_variants, self.seed)
+            pools = make_pools(data, text, image, audio, self.image_variants, self.audio_variants, self.seed)
             hashes = {each.modality: each.hash for each in (text, image, audio)}
             grammar = make_grammar(text, image, audio)
             provenance, vectors = {"tokenizers": hashes}, code_vectors(image, audio)

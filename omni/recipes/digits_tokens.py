@@ -67,22 +67,23 @@ def make_pools(
     text: TextTokenizer,
     image: ImageTokenizer,
     audio: AudioTokenizer,
-    variants: int,
+    image_variants: int,
+    audio_variants: int,
     seed: int,
 ) -> Pools:
-    """Codes of every training scan in `variants` augmentations, and of every training clip as it is and jittered."""
+    """Codes of every training scan in so many augmentations, and of every training clip as it is and in so many."""
     scans, speech = digits_data.load_scans(data, "train"), digits_data.load_speech(data, "train")
     rng = np.random.default_rng((seed, 0))
     images: list[list] = [[] for _ in range(10)]
-    for _ in tqdm(range(variants), desc="tokenize pictures", unit="pass"):
+    for _ in tqdm(range(image_variants), desc="tokenize pictures", unit="pass"):
         codes = np.asarray(image.encode(digits_data.augment_images(scans.raw, rng)))
         for label, item in zip(scans.labels, codes, strict=True):
             images[label].append(item[None])
     sounds: list[list] = [[] for _ in range(10)]
     for start in tqdm(range(0, len(speech), _CLIPS), desc="tokenize sounds", unit="batch"):
         clips = speech.audio[start : start + _CLIPS]
-        versions = [digits_data.augment_audio(clip, rng) for clip in clips]
-        labels = [*speech.labels[start : start + _CLIPS]] * 2
+        versions = [digits_data.augment_audio(clip, rng) for _ in range(audio_variants) for clip in clips]
+        labels = [*speech.labels[start : start + _CLIPS]] * (1 + audio_variants)
         for label, item in zip(labels, _encode_clips(audio, clips, versions), strict=True):
             sounds[label].append(item)
     return Pools(functools.cache(lambda string: np.asarray(text.encode(string), np.int32)), images, sounds)
