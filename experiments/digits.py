@@ -1,7 +1,7 @@
 """The model in the box: the quickstart's recipe with more steps.
 
     omni train experiments/digits.py
-    python experiments/ship.py runs/digits omni/recipes/models/digits
+    python -m omni.recipes.ship runs/digits omni/recipes/models/digits
 
 On two CPU cores the training took 39 minutes. Measured on the shipped files, of which made.json beside them tells more
 (1,000 generated targets a direction, in brackets the judge's accuracy on real held-out examples):

@@ -251,15 +251,17 @@ def _logits(transformer: Transformer, ids, positions):
 def load(name: epath.PathLike) -> Model:
     """Opens a model: the name of one that came with the package, a run, or a directory written by `Model.save`.
 
+    A directory that holds a model goes before a model in the box of the same name, any other directory does not.
+
     Raises:
       OmniError: if there is no model of that name, or its files are damaged; says what is missing.
     """
-    boxed = MODELS / str(name)
+    boxed = sorted(path.name for path in MODELS.glob("*/"))
     directory = epath.Path(name)
-    if not directory.exists() and boxed.is_dir():
-        directory = epath.Path(boxed)
+    if name in boxed and not (directory / DESCRIPTION).exists():
+        directory = epath.Path(MODELS / name)
     if not directory.exists():
-        known = ", ".join(sorted(path.name for path in MODELS.glob("*/"))) or "none"
+        known = ", ".join(boxed) or "none"
         raise OmniError(f"{name}: no such directory, nor a model in the box (there is: {known})")
     if not (directory / DESCRIPTION).exists():
         raise OmniError(f"{directory}: not a run or a model: it holds no {DESCRIPTION}")

@@ -36,7 +36,7 @@ def check() -> list[dict]:
         }
     ]
     try:
-        requirements = [Requirement(line) for line in importlib.metadata.requires(DISTRIBUTION) or ()]
+        requirements = _requirements()
     except importlib.metadata.PackageNotFoundError:
         advice = "install Omni: pip install -e . in its source directory"
         return [*checks, {"name": "omni", "ok": False, "required": True, "found": "not installed", "advice": advice}]
@@ -49,9 +49,16 @@ def check() -> list[dict]:
 
 
 def missing(extra: str) -> list[str]:
-    """The distributions of an extra that are not there or of another version."""
-    requirements = [Requirement(line) for line in importlib.metadata.requires(DISTRIBUTION) or ()]
+    """The distributions of an extra that are not there or of another version; Omni itself where it is not installed."""
+    try:
+        requirements = _requirements()
+    except importlib.metadata.PackageNotFoundError:
+        return [DISTRIBUTION]
     return [each.name for each in _of(requirements, extra) if not _package(each, "", required=False)["ok"]]
+
+
+def _requirements() -> list[Requirement]:
+    return [Requirement(line) for line in importlib.metadata.requires(DISTRIBUTION) or ()]
 
 
 def _of(requirements: list[Requirement], extra: str) -> Iterator[Requirement]:

@@ -118,6 +118,17 @@ def test_loud_fast_many_channelled_sound_is_mixed_and_resampled(tiny_model):
     assert tiny_model.generate([omni.Audio(noise, 192000)], want=["text"]).text is not None
 
 
+def test_a_directory_without_a_model_hides_no_model_in_the_box(tiny_model, tmp_path, monkeypatch):
+    """Somebody's directory called digits is only read where it holds a model; as a path it is always meant."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    assert omni.load("digits").config != tiny_model.config
+    with pytest.raises(omni.OmniError, match="not a run or a model"):
+        omni.load("./digits")
+    tiny_model.save(tmp_path / "digits")
+    assert omni.load("digits").config == tiny_model.config
+
+
 def test_reply_shows_and_saves_itself(tiny_model, tmp_path):
     reply = tiny_model.generate(["seven"], want=["text", "image", "audio"], seed=0)
     assert "array" not in repr(reply) and len(repr(reply)) < 300

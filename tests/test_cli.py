@@ -65,6 +65,8 @@ def test_doctor_finds_what_is_missing_or_too_old(monkeypatch):
     found = {entry["name"]: entry for entry in doctor.check()}
     assert not found["soxr"]["ok"] and "wanted" in found["soxr"]["found"] and found["jax"]["ok"]
     assert doctor.missing("quickstart") == []
+    monkeypatch.setattr(doctor, "DISTRIBUTION", "omni-that-nobody-installed")
+    assert doctor.missing("quickstart") == ["omni-that-nobody-installed"]
 
 
 def test_tokenizer_codes_go_to_a_file_and_back(run, tiny_bundle, tmp_path, tone):

@@ -23,9 +23,10 @@ from jaxtyping import Float, Int
 
 from omni.grammar import Grammar, Tokens
 from omni.vocabulary import Vocabulary
+from omni_tokenizers.base import fingerprint
 from omni_tokenizers.errors import OmniError
 
-FORMAT = 1
+FORMAT = 2
 CODEBOOKS = "codebooks.safetensors"
 DOCUMENTS_PER_SHARD = 1 << 16
 
@@ -72,8 +73,8 @@ def write_shards(
     writer.close()
     with (partial / "lengths.npy").open("wb") as file:
         np.save(file, np.array(lengths, np.int32))
-    if codebooks:
-        arrays = {name: np.asarray(vectors, np.float32) for name, vectors in codebooks.items()}
+    arrays = {name: np.asarray(vectors, np.float32) for name, vectors in (codebooks or {}).items()}
+    if arrays:
         (partial / CODEBOOKS).write_bytes(safetensors.numpy.save(arrays))
     manifest = {
         "format": FORMAT,
@@ -83,6 +84,7 @@ def write_shards(
         "shards": [{"file": name, "bytes": (partial / name).stat().length} for name in files],
         "vocabulary": vocabulary.hash,
         "grammar": grammar.hash,
+        "codebooks": fingerprint({}, arrays) if arrays else None,
         "provenance": provenance,
     }
     for name, content in [("vocabulary", vocabulary.to_json()), ("grammar", grammar.to_json()), ("manifest", manifest)]:
@@ -142,24 +144,25 @@ class TokenShards:
         """Vocabulary block -> the vectors of its codes, in the order of the names; empty where the shards hold none.
 
         Raises:
-          OmniError: the file is damaged, or a codebook does not fit its block.
+          OmniError: the file is missing, damaged or another than the manifest's, or a codebook does not fit its block.
         """
         path = self.directory / CODEBOOKS
-        if not path.exists():
+        if self.manifest["codebooks"] is None:
             return {}
         try:
             codebooks = safetensors.numpy.load(path.read_bytes())
-        except safetensors.SafetensorError as error:
+        except (OSError, safetensors.SafetensorError) as error:
             raise OmniError(f"{path}: cannot be read ({error}); write the shards anew") from None
+        self._check_hash("codebooks", fingerprint({}, codebooks), CODEBOOKS)
         for name, vectors in codebooks.items():
             if vectors.ndim != 2 or len(vectors) != len(self.vocabulary.block(name)):
                 raise OmniError(f"{path}: {name} has the shape {list(vectors.shape)}, which does not fit its block")
         return dict(sorted(codebooks.items()))  # a file is read in an order that differs from process to process
 
-    def _check_hash(self, name: str, found: str) -> None:
+    def _check_hash(self, name: str, found: str, file: str = "") -> None:
         if found != self.manifest[name]:
             raise OmniError(
-                f"{self.directory}: {name}.json has the hash {found}, the manifest {self.manifest[name]}; "
+                f"{self.directory}: {file or name + '.json'} has the hash {found}, the manifest {self.manifest[name]}; "
                 "the files do not belong together"
             )
 

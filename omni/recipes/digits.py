@@ -7,17 +7,19 @@ checkpoint. `omni quickstart` runs it as it stands here; `experiments/digits.py`
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
+import numpy as np
 from etils import epath
 
 import omni_tokenizers
 from omni import doctor
-from omni.bundle import load
+from omni.bundle import Model, load
 from omni.evaluate import EvaluationSettings, evaluate, read_samples, write_report
 from omni.model import TransformerConfig
 from omni.recipes import digits_data
@@ -47,6 +49,7 @@ STAGES = (
     "transformer",
     "evaluation",
 )
+MODALITIES = ("text", "image", "audio")
 QUICK = "quick"  # directory of a limited evaluation in the run's, where it overwrites nothing of the whole one
 
 
@@ -141,15 +144,24 @@ class DigitsRecipe:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     """What is measured."""
 
+    def __post_init__(self) -> None:
+        by_modality = {"temperature": self.temperature, "loss_weights": self.loss_weights, **self.evaluation.sampling}
+        for name, setting in by_modality.items():
+            if unknown := sorted(set(setting) - set(MODALITIES)):
+                near = difflib.get_close_matches(unknown[0], MODALITIES, 1, cutoff=0)[0]
+                raise UsageError(f"{name}: unknown modality {unknown[0]!r}; did you mean {near!r}?")
+
     def run(self) -> None:
         """Runs every stage that is not done yet."""
         if lacking := doctor.missing("quickstart"):  # said now, not when the evaluation needs them
             raise OmniError(f"missing: {', '.join(lacking)}; install them: pip install 'omni-any-to-any[quickstart]'")
         output = epath.Path(self.output)
-        claim(output, to_json(self))
+        claim(output, to_json(self), may_change=("guidance", "temperature", "evaluation"))
+        write_json(output / "generation.json", self.generation())
         stages = Stages(output)
         for place, (name, step) in enumerate(self._stages(output).items(), start=1):
-            stages.run(name, step, f"stage {place} of {len(STAGES)}")
+            measured = self.measured() if name == "evaluation" else None
+            stages.run(name, step, f"stage {place} of {len(STAGES)}", settings=measured)
         print_next_steps(output)
 
     def _stages(self, output: epath.Path) -> dict[str, Callable[[], None]]:
@@ -197,7 +209,6 @@ class DigitsRecipe:
             train(self.transformer_training.config(training / "transformer", task, self.seed, self.checkpoint_every))
             for name in ("model.json", "weights.safetensors", "vocabulary.json", "grammar.json"):
                 (training / "transformer" / name).copy(output / name, overwrite=True)
-            write_json(output / "generation.json", self.generation())
 
         def measure() -> None:
             evaluate_run(output)
@@ -212,6 +223,10 @@ class DigitsRecipe:
             "guidance": {"text": 1.0, "image": self.guidance, "audio": self.guidance},
         }
 
+    def measured(self) -> dict:
+        """The settings that change what the evaluation finds, but nothing that was trained."""
+        return {"generation": self.generation(), "evaluation": to_json(self.evaluation)}
+
 
 class Stages:
     """Marks of finished stages in a run's directory, with the attempts and the seconds that each took."""
@@ -220,15 +235,18 @@ class Stages:
         self.directory = output / "stages"
         self.directory.mkdir(parents=True, exist_ok=True)
 
-    def run(self, name: str, step: Callable[[], None], title: str) -> None:
-        """Runs a stage unless its mark is there."""
+    def run(self, name: str, step: Callable[[], None], title: str, settings: dict | None = None) -> None:
+        """Runs a stage unless it was finished with the same settings, where it has any that may change."""
         if self.done(name):
-            logger.info("%s, %s: done before", title, name)
-            return
+            if read_json(self._mark(name)).get("settings") == settings:
+                logger.info("%s, %s: done before", title, name)
+                return
+            self._mark(name).unlink()
+            self._begun_path(name).unlink(missing_ok=True)
         logger.info("%s, %s", title, name)
         with self._timed(name) as timing:
             step()
-        write_json(self._mark(name), timing)
+        write_json(self._mark(name), timing if settings is None else timing | {"settings": settings})
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[dict]:
@@ -236,17 +254,17 @@ class Stages:
         start, timing = time.monotonic(), self._begun(name)
         before = timing["seconds"]
         timing["attempts"] += 1
-        write_json(self.directory / f"{name}.begun", timing)
+        write_json(self._begun_path(name), timing)
         try:
             yield timing
         finally:
             timing["seconds"] = round(before + time.monotonic() - start, 1)
             with suppress(OmniError):  # on a full disk, say: what stopped the stage is the error to show
-                write_json(self.directory / f"{name}.begun", timing)
+                write_json(self._begun_path(name), timing)
 
     def _begun(self, name: str) -> dict:
         """Attempts and seconds so far. Runs of old wrote a bare number, and one that was killed may have broken it."""
-        path = self.directory / f"{name}.begun"
+        path = self._begun_path(name)
         if not path.exists():
             return {"attempts": 0, "seconds": 0.0}
         try:
@@ -270,6 +288,9 @@ class Stages:
 
     def _mark(self, name: str) -> epath.Path:
         return self.directory / f"{name}.json"
+
+    def _begun_path(self, name: str) -> epath.Path:
+        return self.directory / f"{name}.begun"
 
 
 def evaluate_run(
@@ -300,17 +321,31 @@ def evaluate_run(
     output = epath.Path(output) if output else (run if limit is None else run / QUICK)
     stages, start = Stages(run), time.monotonic()
     data, loaded = evaluation_data(run / "data", run / "tokens"), load(model or run)
-    seconds, attempts = stages.seconds(), stages.attempts()
+    data = dataclasses.replace(data, pool=_of_the_same_codes(data.pool, run, loaded))
+    seconds, attempts, curves = {}, {}, {}
+    if not model:  # how the run was trained is nothing that belongs to another model
+        seconds, attempts = stages.seconds(), stages.attempts()
+        curves = {name.title(): run / "training" / name / "metrics.jsonl" for name in ("transformer", "image", "audio")}
     if stages.done("evaluation"):  # another evaluation than this one
         attempts.pop("evaluation", None)
     seconds["evaluation"] = time.monotonic() - start
     results = evaluate(loaded, data, output, settings, limit=limit, seconds=seconds, attempts=attempts)
     command = f"omni eval {run}" + (f" --model {model} --output {output}" if model else "")
     command += f" --limit {limit}" if limit else ""
-    curves = {name.title(): run / "training" / name / "metrics.jsonl" for name in ("transformer", "image", "audio")}
     title = "Spoken handwritten digits"
     logger.info("wrote %s", write_report(results, read_samples(output), curves, output, title=title, command=command))
     return results
+
+
+def _of_the_same_codes(pool: dict[str, list], run: epath.Path, model: Model) -> dict[str, list]:
+    """The run's training codes of the modalities whose codes mean the same to a model: its codebooks are the run's."""
+
+    def same(modality: str) -> bool:
+        own = omni_tokenizers.load(run / "tokenizers" / modality).code_vectors
+        others = model.tokenizers[modality].code_vectors
+        return len(own) == len(others) and all(map(np.array_equal, own, others))
+
+    return {modality: codes for modality, codes in pool.items() if same(modality)}
 
 
 def print_next_steps(run: epath.Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,10 +30,13 @@ def to_json(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def claim(directory: epath.Path, config: dict[str, Any], *, write: bool = True) -> None:
+def claim(
+    directory: epath.Path, config: dict[str, Any], *, may_change: Collection[str] = (), write: bool = True
+) -> None:
     """Writes config.json into a run's directory, which may hold the same run already.
 
     Args:
+      may_change: settings with which this kind of run can go on when they change, besides `MAY_CHANGE`.
       write: False only looks: of several processes that claim one directory, one writes.
 
     Raises:
@@ -41,9 +44,9 @@ def claim(directory: epath.Path, config: dict[str, Any], *, write: bool = True) 
     """
     if (directory / CONFIG).exists():
         found = read_json(directory / CONFIG)
+        free = {*MAY_CHANGE, *may_change}
         lines = differences(
-            {key: value for key, value in config.items() if key not in MAY_CHANGE},
-            {key: value for key, value in found.items() if key not in MAY_CHANGE},
+            *({key: value for key, value in each.items() if key not in free} for each in (config, found))
         )
         if lines:
             raise OmniError(

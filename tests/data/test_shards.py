@@ -108,7 +108,11 @@ def test_codebooks_come_back_and_must_fit(tmp_path):
     np.testing.assert_array_equal(TokenShards(tmp_path / "whole").codebooks[block], vectors)
     with pytest.raises(OmniError, match=r"codebooks.safetensors.*does not fit"):
         _ = TokenShards(tmp_path / "short").codebooks
-    (tmp_path / "whole" / "codebooks.safetensors").write_bytes(b"short")
+    books, others = (tmp_path / name / "codebooks.safetensors" for name in ("whole", "short"))
+    books.write_bytes(others.read_bytes())
+    with pytest.raises(OmniError, match="do not belong together"):
+        _ = TokenShards(tmp_path / "whole").codebooks
+    books.write_bytes(b"short")
     with pytest.raises(OmniError, match="cannot be read"):
         _ = TokenShards(tmp_path / "whole").codebooks
 

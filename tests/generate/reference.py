@@ -57,8 +57,8 @@ def make_grammar(layouts: dict) -> Grammar:
     return Grammar({"format": 1, "control": control, "modalities": {"text": {"block": "text"}, **layouts}}, vocabulary)
 
 
-def make_model(vocabulary: int, seed: int = 0, **changes) -> Transformer:
-    """Random weights with nothing left at 0 or 1, positions in three coordinates."""
+def make_model(vocabulary: int, seed: int = 0, sharpness: float = 1, **changes) -> Transformer:
+    """Random weights with nothing left at 0 or 1, positions in three coordinates; logits times `sharpness`."""
     shape = {"depth": 2, "dim": 32, "heads": 4, "key_value_heads": 2, "head_dim": 8, "mlp_dim": 48} | changes
     config = TransformerConfig(vocabulary_size=vocabulary, rope="time_row_column", **shape)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
@@ -70,6 +70,7 @@ def make_model(vocabulary: int, seed: int = 0, **changes) -> Transformer:
         centre = 1 if "norm" in name and "bias" not in name else 0
         filled.append(jnp.asarray(draw.normal(centre, 0.2, leaf.shape), jnp.float32))
     nnx.update(model, jax.tree.unflatten(tree, filled))
+    model.norm[...] *= sharpness  # the last norm's scale
     return model
 
 

@@ -61,6 +61,15 @@ def test_same_tokens_as_recomputing_each_row_alone(model, grammar, engine, tempe
         assert reply.ids.tolist() == slow_generate(model, grammar, asked)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_same_tokens_where_the_model_is_sure(grammar, temperature):
+    """The same of a model with peaked probabilities, where guidance leaves only some of the admitted ids to choose."""
+    model = make_model(grammar.vocabulary.size, sharpness=4)
+    requests = mixed_requests(grammar, temperature)
+    for asked, reply in zip(requests, Engine(make_decoder(model), grammar).generate(requests), strict=True):
+        assert reply.ids.tolist() == slow_generate(model, grammar, asked)
+
+
 def test_same_tokens_with_sizes_row_ends_and_delays():
     """The same for another layout: nothing in the engine knows what a span looks like."""
     grammar = make_grammar(SIZED)

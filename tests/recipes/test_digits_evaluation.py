@@ -1,18 +1,22 @@
 """What the digits recipe hands to evaluation, and the stages' seconds that go into its results."""
 
+import dataclasses
 import json
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from etils import epath
 
 from omni.data.shards import write_shards
+from omni.evaluate import EvaluationData, EvaluationSettings
 from omni.grammar import Grammar, Span
 from omni.recipes import digits, digits_documents
 from omni.recipes.digits_evaluation import held_out_requests, trained_codes
 from omni.vocabulary import Vocabulary
+from omni_tokenizers.errors import OmniError, UsageError
 
 
 def test_requests_are_held_out_and_mixed():
@@ -102,16 +106,20 @@ def measured(tmp_path, monkeypatch):
     """A run whose evaluation is replaced; gives what `evaluate` and `write_report` were handed."""
     calls = {}
 
+    def evaluation_data(*_) -> EvaluationData:
+        time.sleep(0.2)
+        return EvaluationData("none", (), {}, {})
+
     def evaluate(model, data, output, settings, **options):
         calls["evaluate"] = options | {"output": output}
         return {}
 
     for name, value in {
-        "evaluation_data": lambda *_: time.sleep(0.2),
-        "load": lambda _: None,
+        "evaluation_data": evaluation_data,
+        "load": lambda _: SimpleNamespace(tokenizers={}),
         "evaluate": evaluate,
         "read_samples": lambda _: {},
-        "write_report": lambda _results, _samples, _curves, output, **_: calls.update(report=output),
+        "write_report": lambda _results, _samples, curves, output, **_: calls.update(report=output, curves=curves),
     }.items():
         monkeypatch.setattr(digits, name, value)
     stages = digits.Stages(epath.Path(tmp_path))
@@ -146,3 +154,56 @@ def test_evaluation_is_told_seconds_and_attempts(measured, tmp_path):
     assert 0.2 <= told["seconds"]["evaluation"] < 5 and told["attempts"] == {"tokens": 2, "evaluation": 2}
     digits.evaluate_run(tmp_path)
     assert measured["evaluate"]["attempts"] == {"tokens": 2}
+
+
+def test_how_a_run_was_trained_is_not_shown_of_another_model(measured, tmp_path):
+    """Curves, seconds and attempts are the run's; the report on another model has none of them."""
+    digits.evaluate_run(tmp_path)
+    assert set(measured["curves"]) == {"Transformer", "Image", "Audio"}
+    digits.evaluate_run(tmp_path, tmp_path / "other", model="another")
+    assert measured["curves"] == {} and set(measured["evaluate"]["seconds"]) == {"evaluation"}
+
+
+def test_training_codes_are_compared_where_they_mean_the_same(monkeypatch, tmp_path):
+    """Codes of a modality whose codebooks are not the run's are left out; storage of the nets' weights is no matter."""
+    own = {"image": (np.eye(4),), "audio": (np.eye(3), np.eye(5))}
+    monkeypatch.setattr(
+        digits.omni_tokenizers, "load", lambda path: SimpleNamespace(code_vectors=own[path.name]), raising=True
+    )
+    pool = {"image": ["pictures"], "audio": ["sounds"]}
+
+    def left(**changed) -> dict:
+        tokenizers = {name: SimpleNamespace(code_vectors=books) for name, books in (own | changed).items()}
+        return digits._of_the_same_codes(pool, epath.Path(tmp_path), SimpleNamespace(tokenizers=tokenizers))
+
+    assert left() == pool
+    assert left(audio=(np.eye(3), 2 * np.eye(5))) == {"image": ["pictures"]}
+    assert left(image=(np.eye(5),)) == {"audio": ["sounds"]} == left(image=())
+
+
+def test_a_stage_with_other_settings_is_done_anew(stages):
+    """Settings that may change make their stage run again, as a first attempt; the same settings do not."""
+    runs = []
+    for temperature in (0.3, 0.3, 0.5):
+        stages.run("evaluation", lambda: runs.append(1), "", settings={"temperature": temperature})
+    assert len(runs) == 2 and stages.attempts() == {}
+
+
+@pytest.mark.parametrize("where", ["temperature", "evaluation"])
+def test_a_wrong_modality_is_found_before_anything_runs(where):
+    """The nearest modality is named."""
+    wrong = {"imge": 0.3}
+    with pytest.raises(UsageError, match=r"imge.*did you mean 'image'"):
+        digits.DigitsRecipe(**{where: wrong if where == "temperature" else EvaluationSettings(guidance=wrong)})
+
+
+def test_sampling_may_change_between_runs_and_training_may_not(tmp_path, monkeypatch):
+    """A run goes on with another temperature, which its model then has; another seed is refused."""
+    monkeypatch.setattr(digits.DigitsRecipe, "_stages", lambda *_: {})
+    monkeypatch.setattr(digits, "print_next_steps", lambda _: None)
+    recipe = digits.DigitsRecipe(output=str(tmp_path))
+    recipe.run()
+    dataclasses.replace(recipe, temperature={"image": 0.9}).run()
+    assert json.loads((tmp_path / "generation.json").read_text())["temperature"]["image"] == 0.9
+    with pytest.raises(OmniError, match="seed"):
+        dataclasses.replace(recipe, seed=1).run()

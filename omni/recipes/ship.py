@@ -1,6 +1,6 @@
 """Puts a trained run of the digits recipe into the package: float16 weights, measured as they are shipped.
 
-    python experiments/ship.py runs/digits omni/recipes/models/digits
+    python -m omni.recipes.ship runs/digits omni/recipes/models/digits
 
 Beside the weights stands made.json: the commands, the matrix and all else that was measured on the shipped files, and
 the SHA-256 of each of them. To measure them again: `omni eval runs/digits --model digits --output out/`.
@@ -40,7 +40,7 @@ def main() -> None:
             parser.error(f"the files take {weight:,} bytes, the package has room for {LARGEST:,}")
         results = evaluate_run(options.run, Path(scratch) / "measured", model=exported)
         made = {
-            "commands": [options.trained_by, f"python experiments/ship.py {options.run} {options.directory}"],
+            "commands": [options.trained_by, f"python -m omni.recipes.ship {options.run} {options.directory}"],
             "sha256": {str(f.relative_to(exported)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files},
             "results": results,
         }
