@@ -1,16 +1,14 @@
 """The whole path of `omni quickstart` at a tiny scale, and that `kill -9` at any moment changes nothing in the end."""
 
-import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from killing import MOMENTS, finish, found, kill_at, start
 
 pytestmark = pytest.mark.slow
 
@@ -24,32 +22,7 @@ TINY = [
     *("--evaluation.per-direction", "8", "--evaluation.shuffled", "4", "--evaluation.requests", "4"),
     *("--evaluation.unconstrained", "8", "--evaluation.documents", "8", "--evaluation.shown", "2"),
 ]
-FINAL = ("weights.safetensors", "tokenizers/image/weights.safetensors", "tokenizers/audio/weights.safetensors")
-
-
 ROOT = Path(__file__).parents[2]
-
-
-def start(output: Path, path: Path | None = None) -> subprocess.Popen:
-    """A tiny quickstart, of the tree or of the package in the directory `path`; its output goes to OUTPUT.log."""
-    command = [sys.executable, "-m", "omni.cli", "quickstart", "--output", str(output), *TINY]
-    environment = os.environ | ({"PYTHONPATH": str(path)} if path else {})
-    with output.with_suffix(".log").open("a") as log:
-        return subprocess.Popen(
-            command, stdout=log, stderr=log, start_new_session=True, env=environment, cwd=output.parent
-        )
-
-
-def finish(process: subprocess.Popen, output: Path) -> str:
-    """What a quickstart has printed, when it has ended well."""
-    try:
-        code = process.wait(timeout=900)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    printed = output.with_suffix(".log").read_text()
-    assert code == 0, printed[-3000:]
-    return printed
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +46,7 @@ def wheel(tmp_path_factory) -> Path:
 def undisturbed(tmp_path_factory, wheel) -> Path:
     """A finished tiny run of the wheel."""
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    printed = finish(start(output, wheel), output)
+    printed = finish(start(output, TINY, wheel), output)
     assert "omni generate" in printed and "report" in printed
     return output
 
@@ -106,53 +79,15 @@ def test_quickstart_leaves_results_a_report_and_a_model(undisturbed, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["1.png", "2.wav"]
 
 
-def digest(path: Path) -> str:
-    """What stands for a file's bytes; pytest would take hours to show how two files of weights differ."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def inside_a_save(run: Path) -> bool:
-    """A checkpoint of the transformer is being written: orbax has its directory under a temporary name."""
-    return any("tmp" in path.name for path in (run / "training" / "transformer").glob("checkpoints/*"))
-
-
-def has_checkpoint(run: Path, name: str) -> bool:
-    return any(path.name.isdigit() for path in (run / "training" / name).glob("checkpoints/*"))
-
-
-MOMENTS = {
-    "image training, after a checkpoint": lambda run: has_checkpoint(run, "image"),
-    "writing documents": lambda run: (run / "tokens.partial").exists(),
-    "inside a checkpoint's writing": inside_a_save,
-}
-
-
-def kill_at(reached, run: Path) -> None:
-    process, deadline = start(run), time.monotonic() + 600
-    while not reached(run):
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            pytest.fail(run.with_suffix(".log").read_text()[-3000:])
-        time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_and_run_again_the_final_weights_are_the_same_bits(undisturbed, tmp_path, moment):
+def test_killed_and_run_again_everything_is_the_same(undisturbed, tmp_path, moment):
+    """The final weights are the same bits, and every measured number is the same number."""
     run = tmp_path / "run"
     # Synthesis takes half the time of a tiny run and is the same for all; its own interruption has a test of its own.
     shutil.copytree(undisturbed / "data", run / "data")
     (run / "stages").mkdir()
     shutil.copy(undisturbed / "stages" / "data.json", run / "stages")
-    for _ in range(4):  # a save may be over before the signal comes; the next one is as good
-        kill_at(MOMENTS[moment], run)
-        if not moment.startswith("inside") or inside_a_save(run):
-            break
-    else:
-        pytest.fail("every checkpoint was committed before the kill")
+    kill_at(moment, run, TINY)
     assert not (run / "evaluation" / "results.json").exists()
-
-    finish(start(run), run)
-    for name in FINAL:
-        assert digest(run / name) == digest(undisturbed / name), name
+    finish(start(run, TINY), run)
+    assert found(run) == found(undisturbed)
