@@ -35,6 +35,11 @@ def flatten(state: nnx.State) -> dict[str, np.ndarray]:
     return dict(sorted(named.items()))
 
 
+def shapes(state: nnx.State) -> dict[str, tuple[int, ...]]:
+    """The shape of each array (or abstract array) of an nnx state by dotted name."""
+    return {_name(path): tuple(variable.get_value().shape) for path, variable in nnx.to_flat_state(state)}
+
+
 def unflatten(state: nnx.State, tensors: Mapping[str, np.ndarray], source: str = "the weights") -> nnx.State:
     """A state like `state` (arrays or shapes) that holds `tensors`, each cast to the dtype of its place.
 
