@@ -118,7 +118,7 @@ def fold_weight_norms(tensors: Mapping[str, np.ndarray], source: str) -> dict[st
     return folded
 
 
-def weight_norm(g: np.ndarray, v: np.ndarray) -> Float[np.ndarray, "first *rest"]:
+def weight_norm(g: np.ndarray, v: np.ndarray) -> Float[np.ndarray, "*shape"]:
     """g v / |v| in float32, the norm over all axes but the first."""
     v = np.asarray(v, np.float32)
     rows = (len(v), *[1] * (v.ndim - 1))
@@ -127,7 +127,7 @@ def weight_norm(g: np.ndarray, v: np.ndarray) -> Float[np.ndarray, "first *rest"
 
 
 def unfold_weight_norms(tensors: Mapping[str, np.ndarray], names: Collection[str]) -> dict[str, np.ndarray]:
-    """The inverse of `fold_weight_norms` for the weights in `names`, in the newer spelling: v is the weight, g its norm."""
+    """The inverse of `fold_weight_norms` for the weights in `names`, newer spelling: v is the weight, g its norm."""
     unfolded = dict(tensors)
     for name in names:
         value = unfolded.pop(name)
