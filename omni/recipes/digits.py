@@ -126,7 +126,7 @@ class DigitsRecipe:
     row_length: int = 192
     """Tokens of a packed row, and of the model's context."""
     transformer_training: TrainingLength = TrainingLength(
-        steps=1800, batch_size=8, learning_rate=6e-3, weight_decay=0.1, ema_decay=0.99, optimizer="muon"
+        steps=2400, batch_size=8, learning_rate=6e-3, weight_decay=0.1, ema_decay=0.99, optimizer="muon"
     )
     """Its training."""
     loss_weights: dict[str, float] = field(default_factory=lambda: {"text": 3.0})

@@ -38,7 +38,7 @@ class DigitScansTask(Task):
 
 @dataclass(frozen=True)
 class SpokenDigitsTask(Task):
-    """An audio codec on spoken digits, a little louder or later than recorded."""
+    """An audio codec on augmented spoken digits."""
 
     data: str
     """Directory written by `digits_data.prepare`."""

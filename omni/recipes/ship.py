@@ -2,8 +2,9 @@
 
     python -m omni.recipes.ship runs/digits omni/recipes/models/digits
 
-Beside the weights stands made.json: the commands, the matrix and all else that was measured on the shipped files, and
-the SHA-256 of each of them. To measure them again: `omni eval runs/digits --model digits --output out/`.
+Beside the weights stands made.json: the commands, the seconds of each stage, the matrix and all else that was measured
+on the shipped files, and the SHA-256 of each of them. To measure them again: `omni eval runs/digits --model digits
+--output out/`.
 """
 
 import argparse
@@ -13,8 +14,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from etils import epath
+
 import omni
-from omni.recipes.digits import evaluate_run
+from omni.recipes.digits import Stages, evaluate_run
 
 LARGEST = 4_500_000
 
@@ -41,6 +44,7 @@ def main() -> None:
         results = evaluate_run(options.run, Path(scratch) / "measured", model=exported)
         made = {
             "commands": [options.trained_by, f"python -m omni.recipes.ship {options.run} {options.directory}"],
+            "training_seconds": Stages(epath.Path(options.run)).seconds(),
             "sha256": {str(f.relative_to(exported)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files},
             "results": results,
         }

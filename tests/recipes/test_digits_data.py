@@ -135,6 +135,22 @@ def test_augmentation_shares_and_plain_pictures(data):
     assert (held_out.images[..., 0] == held_out.images[..., 2]).all()
 
 
+def test_sound_is_played_faster_or_slower():
+    """A tone of 1000 Hz comes out at 920 to 1090 Hz, as much shorter as it is higher, and never beyond the longest."""
+    tone = np.sin(2 * np.pi * 1000 * np.arange(8000) / digits_data.SAMPLE_RATE).astype(np.float32)
+    pitches = []
+    for seed in range(40):
+        result = digits_data.augment_audio(tone, np.random.default_rng(seed))
+        heard = np.flatnonzero(np.abs(result["audio"]) > 0.02)
+        samples = result["audio"][heard[0] : heard[-1] + 1]
+        pitches.append(np.argmax(np.abs(np.fft.rfft(samples, 1 << 16))) * digits_data.SAMPLE_RATE / (1 << 16))
+        assert len(samples) * pitches[-1] == pytest.approx(8000 * 1000, rel=0.01)
+        assert heard[-1] < result["length"] <= digits_data.LONGEST == len(result["audio"])
+    assert 920 <= min(pitches) < 950 and 1050 < max(pitches) <= 1090
+    longest = digits_data.augment_audio(np.ones(digits_data.LONGEST, np.float32), np.random.default_rng(0))
+    assert longest["length"] <= digits_data.LONGEST
+
+
 @pytest.mark.parametrize("make", [digits_data.scan_dataset, digits_data.speech_dataset])
 def test_sources_depend_on_seed_and_index_alone(directory, make):
     """Example i is the same from a fresh source read at i directly; another pass or seed gives another."""
