@@ -54,7 +54,7 @@ def override(config: Config, arguments: list[str], prog: str) -> Config:
                 default=config,
                 args=arguments,
                 prog=prog,
-                config=(tyro.conf.FlagConversionOff,),
+                config=(tyro.conf.FlagConversionOff, tyro.conf.CascadeSubcommandArgs),
                 return_unknown_args=True,
             )
     except SystemExit as exit:

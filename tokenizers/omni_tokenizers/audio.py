@@ -15,7 +15,13 @@ from jaxtyping import Array, Float, Int
 from omni_tokenizers.base import NetTokenizer
 from omni_tokenizers.codes import Codes, as_codes
 from omni_tokenizers.errors import OmniError, UsageError
-from omni_tokenizers.quantizers import ResidualQuantizer, VectorQuantizerConfig
+from omni_tokenizers.quantizers import (
+    LevelledQuantizerConfig,
+    ResidualQuantizerConfig,
+    VectorQuantizerConfig,
+    check_replaced,
+    make_quantizer,
+)
 from omni_tokenizers.spectral import istft, log_mel, magnitude, mel_filterbank, stft
 
 
@@ -53,12 +59,16 @@ class AudioTokenizerConfig:
     """Weight of the difference of magnitudes beside that of log-mels."""
     complex_weight: float = 0.1
     """Weight of the difference of complex spectra, which alone sees the phase."""
+    quantizer: LevelledQuantizerConfig | None = None
+    """Another quantiser, in place of codebooks, codebook_size and code_dim; None = residual levels of these."""
 
     def __post_init__(self):
         if self.hop < 1 or self.window % (2 * self.hop) or self.window < 2 * self.hop:
             raise UsageError(f"window must be an even multiple of hop, got {self.window} and {self.hop}")
+        check_replaced(self, ("codebooks", "codebook_size", "code_dim"))
         if min(self.downsample, self.codebooks, self.dim, self.mels, self.sample_rate) < 1:
             raise UsageError("sample_rate, mels, dim, downsample and codebooks must be at least 1")
+        _ = self.chosen_quantizer  # checks its own settings
         if len(self.loss_windows) != len(self.loss_mels) or any(window % 8 for window in self.loss_windows):
             raise UsageError("loss_windows (multiples of 8) and loss_mels must have one value for each scale")
 
@@ -66,6 +76,13 @@ class AudioTokenizerConfig:
     def samples_per_frame(self) -> int:
         """Samples that one frame of codes stands for."""
         return self.hop * self.downsample
+
+    @property
+    def chosen_quantizer(self) -> LevelledQuantizerConfig:
+        """The quantiser's configuration."""
+        if self.quantizer is not None:
+            return self.quantizer
+        return ResidualQuantizerConfig(self.codebooks, VectorQuantizerConfig(self.codebook_size, self.code_dim))
 
 
 class FrameBlock(nnx.Module):
@@ -95,10 +112,9 @@ class SpectralCodec(nnx.Module):
         dim, grouped = config.dim, config.dim * config.downsample
         self.enter = nnx.Linear(config.mels, dim, rngs=rngs)
         self.encoder = nnx.List([FrameBlock(dim, rngs=rngs) for _ in range(config.encoder_blocks)])
-        self.down = nnx.Linear(grouped, config.code_dim, rngs=rngs)
-        quantizer = VectorQuantizerConfig(codebook_size=config.codebook_size, dim=config.code_dim)
-        self.quantizer = ResidualQuantizer(config.codebooks, quantizer, rngs=rngs)
-        self.up = nnx.Linear(config.code_dim, grouped, rngs=rngs)
+        self.down = nnx.Linear(grouped, config.chosen_quantizer.dim, rngs=rngs)
+        self.quantizer = make_quantizer(config.chosen_quantizer, rngs=rngs)
+        self.up = nnx.Linear(config.chosen_quantizer.dim, grouped, rngs=rngs)
         self.decoder = nnx.List([FrameBlock(dim, rngs=rngs) for _ in range(config.decoder_blocks)])
         self.norm = nnx.RMSNorm(dim, rngs=rngs)
         self.head = nnx.Linear(dim, 3 * (config.window // 2 + 1), rngs=rngs)
@@ -168,9 +184,12 @@ class SpectralCodec(nnx.Module):
         clips = (mask[:, 0] > 0).astype(jnp.float32)
         mel, size, wave = (term @ clips for term in self.distances(result, audio, mask))
         weight = clips.sum()
-        total = mel + config.magnitude_weight * size + config.complex_weight * wave + quantized.commitment * weight
+        total = mel + config.magnitude_weight * size + config.complex_weight * wave
+        total += (quantized.commitment + quantized.auxiliary) * weight
         metrics = {"mel": mel, "magnitude": size, "complex": wave, "commitment": quantized.commitment * weight}
         metrics |= {"perplexity": quantized.perplexity * weight, "usage": quantized.usage * weight}
+        if config.quantizer is not None:
+            metrics["auxiliary"] = quantized.auxiliary * weight
         return total, weight, {name: (value, weight) for name, value in metrics.items()}
 
     def distances(
@@ -218,15 +237,15 @@ class AudioTokenizer(NetTokenizer):
         super().__init__(config, net)
         self.sample_rate = config.sample_rate
         self.samples_per_frame = config.samples_per_frame
-        self.codebooks = config.codebooks
-        self.codebook_sizes = (config.codebook_size,) * config.codebooks
+        self.codebook_sizes = config.chosen_quantizer.codebook_sizes
+        self.codebooks = len(self.codebook_sizes)
         self._encode = jax.jit(lambda state, *args: nnx.merge(self.graphdef, state).encode(*args))
         self._decode = jax.jit(lambda state, *args: nnx.merge(self.graphdef, state).decode(*args))
 
     @property
     def code_vectors(self) -> tuple[Float[np.ndarray, "codes code_dim"], ...]:
         """The vectors of each level's codes, float32."""
-        return tuple(np.asarray(level.codebook()) for level in self.net.quantizer.levels)
+        return tuple(np.asarray(book) for book in self.net.quantizer.codebooks())
 
     def encode(
         self, x: Float[np.ndarray, "batch channels samples"], lengths: Int[np.ndarray, " batch"] | None = None

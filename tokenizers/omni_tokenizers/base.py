@@ -8,8 +8,9 @@ import difflib
 import hashlib
 import importlib
 import json
+import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -77,7 +78,7 @@ class NetTokenizer(Tokenizer):
     def __init__(self, config, net: nnx.Module):
         self.config = config
         self.graphdef, self.state = nnx.split(nnx.clone(net))
-        self.hash = fingerprint(dataclasses.asdict(config), weights.flatten(self.state))
+        self.hash = fingerprint(config_to_dict(config), weights.flatten(self.state))
 
     @property
     def net(self) -> nnx.Module:
@@ -112,7 +113,7 @@ class NetTokenizer(Tokenizer):
         tensors = weights.flatten(self.state)
         parameters = weights.flatten(nnx.filter_state(self.state, nnx.Param))
         tensors |= weights.rounded(parameters, dtype)
-        config = dataclasses.asdict(self.config)
+        config = config_to_dict(self.config)
         directory = epath.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         weights.write(directory / WEIGHTS, tensors)
@@ -186,31 +187,64 @@ def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) ->
     return digest.hexdigest()[:16]
 
 
-def config_from_dict(cls: type, values: Any, source: str):
-    """A configuration dataclass from JSON values; lists become tuples.
+def config_to_dict(config) -> dict[str, Any]:
+    """A configuration dataclass as JSON values. Settings that are None are left out: one that comes later, and is None
+    by default, changes neither the description nor the hash of what was made without it."""
+    return dataclasses.asdict(
+        config, dict_factory=lambda items: {key: value for key, value in items if value is not None}
+    )
 
+
+def config_from_dict(cls: type, values: Any, source: str, name: str = "config"):
+    """A configuration dataclass from JSON values; lists become tuples, objects the configurations they stand for.
+
+    Args:
+        source: where the values are from, for messages.
+        name: what they are called there.
     Raises:
-        OmniError: not an object, an unknown key (the nearest is named), or a value of another type.
+        OmniError: not an object, an unknown key or kind (the nearest is named), or a value of another type.
     """
     if not isinstance(values, dict):
-        raise OmniError(f"{source}: 'config' must be a JSON object, found {type(values).__name__}")
-    hints = typing.get_type_hints(cls)
+        raise OmniError(f"{source}: {name!r} must be a JSON object, found {type(values).__name__}")
+    hints, settings = typing.get_type_hints(cls), {}
     for key, value in values.items():
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(hints)}"
-            raise OmniError(f"{source}: unknown key {key!r} in 'config'{hint}")
-        if not _fits(value, hints[key]):
-            raise OmniError(f"{source}: 'config' has {key} = {value!r}, which is not of the type {hints[key]}")
+            raise OmniError(f"{source}: unknown key {key!r} in {name!r}{_nearest(key, hints)}")
+        if (inner := _inner_class(hints[key], value, source, f"{name}.{key}")) is not None:
+            settings[key] = config_from_dict(inner, value, source, f"{name}.{key}")
+        elif _fits(value, hints[key]):
+            settings[key] = tuple(value) if isinstance(value, list) else value
+        else:
+            raise OmniError(f"{source}: {name!r} has {key} = {value!r}, which is not of the type {hints[key]}")
     try:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        return cls(**settings)
     except OmniError as error:
         raise OmniError(f"{source}: {error}") from None
+
+
+def _inner_class(hint: Any, value: Any, source: str, name: str) -> type | None:
+    """The dataclass among `hint` that a JSON object stands for: the only one, or the one whose `kind` it names."""
+    classes = [each for each in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(each)]
+    if not classes or not isinstance(value, dict):
+        return None
+    if len(classes) == 1:
+        return classes[0]
+    kinds = {each.kind: each for each in classes}
+    if value.get("kind") not in kinds:
+        raise OmniError(f"{source}: unknown kind {value.get('kind')!r} of {name!r}{_nearest(value.get('kind'), kinds)}")
+    return kinds[value["kind"]]
+
+
+def _nearest(key: Any, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(key, known, 1) if isinstance(key, str) else []
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
 
 
 def _fits(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is tuple:
         return isinstance(value, list) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in typing.get_args(hint))
     if hint is float:
         return type(value) in (int, float)
     if isinstance(hint, type):

@@ -18,7 +18,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from omni_tokenizers.base import NetTokenizer
 from omni_tokenizers.codes import Codes, as_codes
 from omni_tokenizers.errors import OmniError, UsageError
-from omni_tokenizers.quantizers import EMAVectorQuantizer, Quantized, VectorQuantizerConfig
+from omni_tokenizers.quantizers import (
+    Quantized,
+    SingleQuantizerConfig,
+    VectorQuantizerConfig,
+    check_replaced,
+    make_quantizer,
+)
 
 # Bounds for descriptions that come with files from elsewhere.
 _LARGEST = 1 << 20
@@ -49,16 +55,19 @@ class ImageTokenizerConfig:
     """Weight of the absolute error (L1) beside the squared error (L2)."""
     decay: float = 0.9
     """Decay of the codebook's moving averages; short runs need it to follow the encoder quickly."""
+    quantizer: SingleQuantizerConfig | None = None
+    """Another quantiser, in place of codebook_size, code_dim, commitment and decay; None = moving averages of these."""
 
     def __post_init__(self):
-        sizes = (self.image_size, self.patch_size, self.channels, *self.multipliers, self.codebook_size, self.code_dim)
+        check_replaced(self, ("codebook_size", "code_dim", "commitment", "decay"))
+        codes = self.chosen_quantizer  # checks its own settings
+        sizes = (self.image_size, self.patch_size, self.channels, *self.multipliers, codes.codebook_size, codes.dim)
         if max(sizes) > _LARGEST or max(len(self.multipliers), self.residual_blocks) > _DEEPEST:
             raise UsageError(f"sizes go up to {_LARGEST}, stages and residual_blocks up to {_DEEPEST}")
         if min(self.image_size, self.patch_size, self.channels, *self.multipliers, len(self.multipliers)) < 1:
             raise UsageError(
                 "image_size, patch_size, channels and multipliers must be positive, with one stage at least"
             )
-        _ = self.quantizer  # checks its own settings
         if self.image_size % self.downsampling:
             raise UsageError(
                 f"image_size {self.image_size} is no multiple of {self.downsampling}, "
@@ -71,8 +80,10 @@ class ImageTokenizerConfig:
         return self.patch_size * 2 ** (len(self.multipliers) - 1)
 
     @property
-    def quantizer(self) -> VectorQuantizerConfig:
-        """The codebook's configuration."""
+    def chosen_quantizer(self) -> SingleQuantizerConfig:
+        """The quantiser's configuration."""
+        if self.quantizer is not None:
+            return self.quantizer
         return VectorQuantizerConfig(self.codebook_size, self.code_dim, self.decay, self.commitment)
 
 
@@ -116,9 +127,9 @@ class ImageVQ(nnx.Module):
         self.stem = nnx.Linear(pixels, widths[0], rngs=rngs)
         self.encoder = nnx.List([blocks(width) for width in widths])
         self.down = nnx.List([nnx.Linear(4 * inner, outer, rngs=rngs) for inner, outer in pairs])
-        self.to_code = nnx.Linear(widths[-1], config.code_dim, rngs=rngs)
-        self.quantizer = EMAVectorQuantizer(config.quantizer, rngs=rngs)
-        self.from_code = Convolution(config.code_dim, widths[-1], rngs=rngs)
+        self.to_code = nnx.Linear(widths[-1], config.chosen_quantizer.dim, rngs=rngs)
+        self.quantizer = make_quantizer(config.chosen_quantizer, rngs=rngs)
+        self.from_code = Convolution(config.chosen_quantizer.dim, widths[-1], rngs=rngs)
         self.decoder = nnx.List([blocks(width) for width in widths])
         self.up = nnx.List([nnx.Linear(outer, 4 * inner, rngs=rngs) for inner, outer in pairs])
         self.norm = nnx.RMSNorm(widths[0], rngs=rngs)
@@ -157,7 +168,8 @@ class ImageVQ(nnx.Module):
         """Training loss of ``batch["image"]`` [batch, height, width, 3] (uint8, or floating point within [-1, 1]).
 
         Returns:
-            total: weight x (squared error + absolute_weight x absolute error + commitment), means over pixels.
+            total: weight x (squared error + absolute_weight x absolute error + the quantiser's losses), means over
+                pixels.
             weight: the number of pictures.
             metrics: name -> (total, weight).
         """
@@ -175,8 +187,10 @@ class ImageVQ(nnx.Module):
             "perplexity": weight * result.perplexity,
             "usage": weight * result.usage,
         }
+        if self.config.quantizer is not None:
+            values["auxiliary"] = weight * result.auxiliary
         metrics = {name: (value, weight) for name, value in values.items()}
-        return reconstruction + weight * result.commitment, weight, metrics
+        return reconstruction + weight * (result.commitment + result.auxiliary), weight, metrics
 
 
 class ImageTokenizer(NetTokenizer):
@@ -192,7 +206,7 @@ class ImageTokenizer(NetTokenizer):
         side = config.image_size // config.downsampling
         self.image_size = config.image_size
         self.grid = (side, side)
-        self.codebook_sizes = (config.codebook_size,)
+        self.codebook_sizes = (config.chosen_quantizer.codebook_size,)
         self._encode = jax.jit(lambda state, image: nnx.merge(self.graphdef, state).encode(image))
         self._decode = jax.jit(lambda state, codes: nnx.merge(self.graphdef, state).decode(codes))
 
