@@ -23,6 +23,7 @@ from omni_tokenizers.quantizers import (
     make_quantizer,
 )
 from omni_tokenizers.spectral import istft, log_mel, magnitude, mel_filterbank, stft
+from omni_tokenizers.waveform import checked_audio, checked_lengths
 
 
 @dataclass(frozen=True)
@@ -257,9 +258,9 @@ class AudioTokenizer(NetTokenizer):
         Raises:
             OmniError: wrong rank, nothing in it, not floating point, NaN or infinity, or lengths that do not fit.
         """
-        audio = _checked_audio(x)
+        audio = checked_audio(x).mean(axis=1)
         present = np.full(len(audio), audio.shape[1], np.int32)
-        lengths = present if lengths is None else _checked_lengths(lengths, present)
+        lengths = present if lengths is None else checked_lengths(lengths, present)
         frames = -(-int(lengths.max()) // self.samples_per_frame)
         samples = _bucket(frames) * self.samples_per_frame
         audio = audio[:, :samples]
@@ -281,7 +282,7 @@ class AudioTokenizer(NetTokenizer):
             )
         step = self.samples_per_frame
         whole = np.full(batch, frames * step, np.int32)
-        lengths = whole if codes.lengths is None else _checked_lengths(codes.lengths, whole)
+        lengths = whole if codes.lengths is None else checked_lengths(codes.lengths, whole)
         ids = np.pad(codes.ids, ((0, 0), (0, 0), (0, _bucket(frames) - frames)))
         audio = self._in_chunks(self._decode, ids, -(-lengths // step))[:, : lengths.max()]
         audio[np.arange(audio.shape[1]) >= lengths[:, None]] = 0
@@ -291,25 +292,3 @@ class AudioTokenizer(NetTokenizer):
 def _bucket(frames: int) -> int:
     """Frames padded to: powers of two from 16 on, so that few shapes compile."""
     return max(16, 1 << (frames - 1).bit_length())
-
-
-def _checked_audio(x) -> Float[np.ndarray, "batch samples"]:
-    """`x` as mono float32, or an OmniError."""
-    x = np.asarray(x)
-    if x.ndim != 3 or x.dtype.kind != "f":
-        raise OmniError(f"sound must be floating point [batch, channels, samples], got {x.dtype} {list(x.shape)}")
-    if not x.size:
-        raise OmniError(f"sound must not be empty, got the shape {list(x.shape)}")
-    if not np.isfinite(x).all():
-        raise OmniError("sound holds NaN or infinity; repair the file or leave it out")
-    return x.astype(np.float32).mean(axis=1)
-
-
-def _checked_lengths(lengths, present: Int[np.ndarray, " batch"]) -> Int[np.ndarray, " batch"]:
-    """`lengths` as int32, or an OmniError if they are not 1 to the samples that are present."""
-    lengths = np.asarray(lengths)
-    if lengths.shape != present.shape or lengths.dtype.kind not in "iu":
-        raise OmniError(f"lengths must be {len(present)} integers, got {lengths.dtype} {list(lengths.shape)}")
-    if lengths.min() < 1 or (lengths > present).any():
-        raise OmniError(f"lengths must lie in 1 to {present.max()}, got {lengths.min()} to {lengths.max()}")
-    return lengths.astype(np.int32)

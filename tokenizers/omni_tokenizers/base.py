@@ -13,6 +13,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self
 
+import jax
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -24,6 +25,7 @@ from omni_tokenizers.errors import OmniError
 
 DESCRIPTION = "tokenizer.json"
 WEIGHTS = "weights.safetensors"
+PRETRAINED = "config.json"  # of a directory that transformers wrote
 _LARGEST_DESCRIPTION = 1 << 20
 _CHUNK = 256  # rows that go through a net together
 
@@ -31,6 +33,9 @@ _CHUNK = 256  # rows that go through a net together
 TYPES = {
     "image_vq": "omni_tokenizers.image:ImageTokenizer",
     "audio_spectral": "omni_tokenizers.audio:AudioTokenizer",
+    "dac": "omni_tokenizers.dac:DacTokenizer",
+    "encodec": "omni_tokenizers.encodec:EncodecTokenizer",
+    "mimi": "omni_tokenizers.mimi:MimiTokenizer",
     "text_sentencepiece": "omni_tokenizers.text:TextTokenizer",
 }
 
@@ -94,19 +99,22 @@ class NetTokenizer(Tokenizer):
     def code_vectors(self) -> tuple[Float[np.ndarray, "codes code_dim"], ...]:
         """The vectors of each codebook's codes, float32."""
 
-    def _in_chunks(self, function, *arrays: np.ndarray) -> np.ndarray:
+    def _in_chunks(self, function, *arrays: np.ndarray, rows: int = _CHUNK) -> Any:
         """Applies a jitted function of the state and arrays by chunks padded to powers of two: few shapes compile.
 
-        A row must not depend on the other rows.
+        A row must not depend on the other rows. The result is an array or a tuple of arrays, as the function gives it.
+
+        Args:
+            rows: the largest chunk, a power of two.
         """
         results = []
-        for start in range(0, max(len(arrays[0]), 1), _CHUNK):
-            chunks = [array[start : start + _CHUNK] for array in arrays]
-            rows = len(chunks[0])
-            padding = (1 << max(rows - 1, 0).bit_length()) - rows
+        for start in range(0, max(len(arrays[0]), 1), rows):
+            chunks = [array[start : start + rows] for array in arrays]
+            count = len(chunks[0])
+            padding = (1 << max(count - 1, 0).bit_length()) - count
             padded = [np.pad(chunk, ((0, padding),) + ((0, 0),) * (chunk.ndim - 1)) for chunk in chunks]
-            results.append(np.asarray(function(self.state, *padded))[:rows])
-        return np.concatenate(results)
+            results.append(jax.tree.map(lambda x, count=count: np.asarray(x)[:count], function(self.state, *padded)))
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
 
     def save(self, directory: epath.PathLike, *, dtype: str = "float32") -> None:
         """Writes tokenizer.json and weights.safetensors; `dtype` is how parameters (not codebooks) are stored."""
@@ -131,12 +139,14 @@ class NetTokenizer(Tokenizer):
 
 
 def load(directory: epath.PathLike) -> Tokenizer:
-    """Opens the tokenizer saved in `directory`, of whichever type.
+    """Opens the tokenizer saved in `directory`, of whichever type, by `save` or by transformers' save_pretrained.
 
     Raises:
         OmniError: no tokenizer there, an unknown type, or files that are damaged or do not belong together.
     """
     directory = epath.Path(directory)
+    if not (directory / DESCRIPTION).exists() and (directory / PRETRAINED).exists():
+        return importlib.import_module("omni_tokenizers.pretrained").load(directory)
     description = read_description(directory)
     kind = description.get("type")
     if not isinstance(kind, str) or kind not in TYPES:
@@ -166,6 +176,15 @@ def read_description(directory: epath.Path) -> dict:
     path = directory / DESCRIPTION
     if not path.exists():
         raise OmniError(f"{directory}: no {DESCRIPTION} there, so this is not a saved tokenizer")
+    return read_object(path)
+
+
+def read_object(path: epath.Path) -> dict:
+    """The JSON object in a file that comes with a tokenizer.
+
+    Raises:
+        OmniError: too large, or not a JSON object.
+    """
     if path.stat().length > _LARGEST_DESCRIPTION:
         raise OmniError(f"{path}: larger than {_LARGEST_DESCRIPTION} bytes, so not a description of a tokenizer")
     try:

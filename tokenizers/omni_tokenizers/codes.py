@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from omni_tokenizers.errors import OmniError
 
@@ -18,6 +18,10 @@ class Codes:
     """int32: images [batch, rows, columns], sound [batch, codebooks, frames]"""
     lengths: Int[np.ndarray, " batch"] | None = None
     """Sound: true lengths in samples; None where every item fills its frames."""
+    scales: Float[np.ndarray, "batch chunks"] | None = None
+    """Sound whose loudness is kept apart from its ids: what each chunk was divided by (0 for chunks past a clip's end).
+
+    Without them a tokenizer that divides (EnCodec at 48 kHz) cannot decode; None for all others."""
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.array(self.ids, dtype=dtype, copy=True) if copy else np.asarray(self.ids, dtype=dtype)
@@ -31,7 +35,8 @@ class Codes:
         return len(self.ids)
 
     def __repr__(self) -> str:
-        return f"Codes(ids=int32{list(self.ids.shape)}{'' if self.lengths is None else ', lengths'})"
+        besides = [name for name in ("lengths", "scales") if getattr(self, name) is not None]
+        return f"Codes({', '.join([f'ids=int32{list(self.ids.shape)}', *besides])})"
 
 
 def as_codes(codes, *, axes: tuple[str, ...], size: int) -> Codes:
@@ -51,5 +56,5 @@ def as_codes(codes, *, axes: tuple[str, ...], size: int) -> Codes:
     outside = (ids < 0) | (ids >= size)
     if outside.any():
         raise OmniError(f"code {ids[outside][0]} is outside the codebook, which holds 0 to {size - 1}")
-    lengths = codes.lengths if isinstance(codes, Codes) else None
-    return Codes(ids.astype(np.int32), lengths)
+    ids = ids.astype(np.int32)
+    return dataclasses.replace(codes, ids=ids) if isinstance(codes, Codes) else Codes(ids)

@@ -29,6 +29,12 @@ _AXES: dict[str, tuple[int, ...] | None] = {
     "conv3d": (2, 3, 4, 1, 0),
 }
 
+# PyTorch's spellings of a weight norm's size g and direction v, the newer first.
+_WEIGHT_NORMS = (
+    ("parametrizations.weight.original0", "parametrizations.weight.original1"),
+    ("weight_g", "weight_v"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
@@ -59,10 +65,14 @@ def to_state(
     Raises:
         OmniError: a tensor is missing, unknown, of another shape (as a transposed one is) or not finite.
     """
-    tensors, pairs = fold_weight_norms(tensors, source), list(pairs)
+    pairs, ignored = list(pairs), set(ignored)
+    tensors = {name: value for name, value in tensors.items() if name not in ignored}
+    for name, value in tensors.items():
+        _require_finite(name, value, source)
+    tensors = fold_weight_norms(tensors, source)
     if missing := [pair.theirs for pair in pairs if pair.theirs not in tensors]:
         raise OmniError(f"{source}: tensor {missing[0]!r} is missing{_more(missing)}")
-    if extra := sorted(tensors.keys() - {pair.theirs for pair in pairs} - set(ignored)):
+    if extra := sorted(tensors.keys() - {pair.theirs for pair in pairs}):
         raise OmniError(f"{source}: tensor {extra[0]!r} belongs to no part of this model{_more(extra)}")
     _, state = nnx.split(net)
     wanted = weights.shapes(state)
@@ -73,8 +83,7 @@ def to_state(
         expected = shape if axes is None else tuple(shape[axes.index(axis)] for axis in range(len(axes)))
         if value.shape != expected:
             raise OmniError(f"{source}: tensor {pair.theirs!r} has the shape {list(value.shape)}, not {list(expected)}")
-        if not np.isfinite(value.astype(np.float32)).all():
-            raise OmniError(f"{source}: tensor {pair.theirs!r} holds values that are not finite; the file is damaged")
+        _require_finite(pair.theirs, value, source)
         ours[pair.ours] = value if axes is None else value.transpose(axes)
     return weights.unflatten(state, ours, source)
 
@@ -96,46 +105,60 @@ def fold_weight_norms(tensors: Mapping[str, np.ndarray], source: str) -> dict[st
     `weight_v`. (For a transposed convolution the first axis is the inputs': PyTorch's default of dim=0.)
 
     Raises:
-        OmniError: a g without its v, or of another length.
+        OmniError: a g without its v, a v without its g, or a g of another length.
     """
     folded = dict(tensors)
-    for name in tensors:
-        for size, direction in (
-            ("parametrizations.weight.original0", "parametrizations.weight.original1"),
-            ("weight_g", "weight_v"),
-        ):
-            if not name.endswith(f".{size}") and name != size:
-                continue
-            prefix = name.removesuffix(size)
-            if prefix + direction not in tensors:
-                raise OmniError(f"{source}: tensor {prefix + direction!r} is missing, the direction of {name!r}")
-            g, v = folded.pop(name), folded.pop(prefix + direction)
+    for size, direction in _WEIGHT_NORMS:
+        ends = (size, direction)
+        for prefix in sorted({name.removesuffix(end) for name in tensors for end in ends if _is_named(name, end)}):
+            for end, other in (ends, ends[::-1]):
+                if prefix + end not in tensors:
+                    raise OmniError(f"{source}: tensor {prefix + end!r} is missing, the other half of {other!r} there")
+            g, v = folded.pop(prefix + size), folded.pop(prefix + direction)
             if g.size != len(v):
-                raise OmniError(
-                    f"{source}: tensor {name!r} has {g.size} values for {len(v)} rows of {prefix + direction!r}"
-                )
+                rows = f"{len(v)} rows of {prefix + direction!r}"
+                raise OmniError(f"{source}: tensor {prefix + size!r} has {g.size} values for {rows}")
             folded[f"{prefix}weight"] = weight_norm(g, v)
     return folded
 
 
 def weight_norm(g: np.ndarray, v: np.ndarray) -> Float[np.ndarray, "*shape"]:
-    """g v / |v| in float32, the norm over all axes but the first."""
+    """v (g / |v|) in float32, the norm over all axes but the first.
+
+    The norm is rounded before it divides, so that a norm as `unfold_weight_norms` writes it gives v back bit for bit.
+    """
     v = np.asarray(v, np.float32)
-    rows = (len(v), *[1] * (v.ndim - 1))
-    norm = np.sqrt(np.square(v.astype(np.float64)).sum(tuple(range(1, v.ndim)), keepdims=True))
-    return (np.asarray(g, np.float64).reshape(rows) * v / norm).astype(np.float32)
+    norm = _norm(v)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return v * (np.asarray(g, np.float32).reshape(norm.shape) / norm)
 
 
 def unfold_weight_norms(tensors: Mapping[str, np.ndarray], names: Collection[str]) -> dict[str, np.ndarray]:
-    """The inverse of `fold_weight_norms` for the weights in `names`, newer spelling: v is the weight, g its norm."""
+    """The inverse of `fold_weight_norms` for the weights in `names`, in the newer spelling: g is the norm, v is w."""
     unfolded = dict(tensors)
     for name in names:
         value = unfolded.pop(name)
         prefix = name.removesuffix("weight")
-        norm = np.sqrt(np.square(value.astype(np.float64)).sum(tuple(range(1, value.ndim)), keepdims=True))
-        unfolded[f"{prefix}parametrizations.weight.original0"] = norm.astype(np.float32)
-        unfolded[f"{prefix}parametrizations.weight.original1"] = value
+        size, direction = _WEIGHT_NORMS[0]
+        norm = _norm(value)
+        unfolded[prefix + size] = norm
+        unfolded[prefix + direction] = np.where(norm == 0, np.float32(1), value)  # a row of zeros has no direction
     return unfolded
+
+
+def _norm(value: np.ndarray) -> Float[np.ndarray, "*rows_and_ones"]:
+    """The norm of each row over all its axes, summed in float64 and rounded to float32."""
+    squares = np.square(value.astype(np.float64))
+    return np.sqrt(squares.sum(tuple(range(1, value.ndim)), keepdims=True)).astype(np.float32)
+
+
+def _is_named(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
+
+
+def _require_finite(name: str, value: np.ndarray, source: str) -> None:
+    if not np.isfinite(np.asarray(value, np.float32)).all():
+        raise OmniError(f"{source}: tensor {name!r} holds values that are not finite; the file is damaged")
 
 
 def _more(names: list[str]) -> str:

@@ -81,10 +81,10 @@ def rounded(tensors: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarr
     return result
 
 
-def write(path: epath.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays as one safetensors file, at a local path or in a bucket."""
+def write(path: epath.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes arrays as one safetensors file, at a local path or in a bucket, with strings in its header."""
     arrays = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in tensors.items()}
-    epath.Path(path).write_bytes(safetensors.numpy.save(arrays))
+    epath.Path(path).write_bytes(safetensors.numpy.save(arrays, metadata))
 
 
 def read(path: epath.PathLike) -> dict[str, np.ndarray]:

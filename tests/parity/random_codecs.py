@@ -1,0 +1,138 @@
+"""Tiny codecs of transformers with noise in every tensor, and their codebooks, level by level.
+
+transformers starts codebooks at zero: whatever is compared then agrees, so they are filled with what the encoder gives.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import transformers
+
+ENCODEC_24K = {
+    "sampling_rate": 2400,
+    "upsampling_ratios": [4, 3, 2],
+    "num_filters": 4,
+    "hidden_size": 8,
+    "codebook_size": 16,
+    "target_bandwidths": [0.4, 0.8, 1.6],
+    "num_residual_layers": 2,
+}
+ENCODEC_32K = ENCODEC_24K | {"use_causal_conv": False, "use_conv_shortcut": False, "num_residual_layers": 1}
+ENCODEC_48K = ENCODEC_24K | {
+    "use_causal_conv": False,
+    "audio_channels": 2,
+    "norm_type": "time_group_norm",
+    "normalize": True,
+    "chunk_length_s": 0.25,
+    "overlap": 0.04,
+    "num_residual_layers": 1,
+}
+CONFIGS = {
+    "encodec 24k": lambda: transformers.EncodecConfig(**ENCODEC_24K),
+    "encodec 32k": lambda: transformers.EncodecConfig(**ENCODEC_32K),
+    "encodec 48k": lambda: transformers.EncodecConfig(**ENCODEC_48K),
+}
+
+
+def random_codec(config, seconds: float = 1.0):
+    """A model with every parameter and buffer random, codebooks spread over what its encoder gives for noise."""
+    generator = torch.Generator().manual_seed(0)
+    model = transformers.AutoModel.from_config(config).eval()
+    tensors = dict(model.named_parameters()) | {name: x for name, x in model.named_buffers() if x.is_floating_point()}
+    persistent = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name in persistent:
+                tensor.copy_(_noise(name, tensor, generator))
+        fill_codebooks(model, torch.tensor(sound(config, 4, int(seconds * config.sampling_rate))), generator)
+    return model
+
+
+def _noise(name: str, tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Sizes that keep signals alive through the depth of the net."""
+    noise = torch.randn(tensor.shape, generator=generator)
+    if name.endswith(("original0", "alpha", "norm.weight", "layernorm.weight", "scale", "usage")):
+        return (1 + 0.3 * noise).abs() + 0.1
+    if tensor.ndim < 2:
+        return 0.3 * noise
+    return 1.3 * noise * (len(tensor) / tensor.numel()) ** 0.5
+
+
+def sound(config, batch: int, samples: int, seed: int = 0) -> np.ndarray:
+    """Noise over chirps, float32 [batch, channels, samples]."""
+    random = np.random.default_rng(seed)
+    channels = getattr(config, "audio_channels", 1)
+    time = np.arange(samples) / config.sampling_rate
+    chirps = np.sin(random.uniform(20, 400, (batch, channels, 1)) * time * (1 + time))
+    return (random.uniform(0.1, 0.6, (batch, 1, 1)) * (chirps + random.normal(size=chirps.shape))).astype(np.float32)
+
+
+@dataclasses.dataclass
+class Level:
+    """One codebook."""
+
+    compared: Callable[[torch.Tensor], torch.Tensor]
+    """Residuals [n, dim] as they are compared with the vectors."""
+    vectors: Callable[[], torch.Tensor]
+    """Vectors [codes, code_dim] as they are compared."""
+    lookup: Callable[[torch.Tensor], torch.Tensor]
+    """What codes [n] stand for, [n, dim]."""
+    fill: Callable[[torch.Tensor], None]
+    """Sets the vectors."""
+
+
+def branches(model) -> list[tuple[Callable[[torch.Tensor], torch.Tensor], list[Level]]]:
+    """What each branch makes of latents [n, dim], and the levels over it."""
+
+    def euclidean(codebook):
+        return Level(lambda x: x, lambda: codebook.embed, lambda codes: codebook.embed[codes], codebook.embed.copy_)
+
+    return [(lambda x: x, [euclidean(layer.codebook) for layer in model.quantizer.layers])]
+
+
+def latents(model, piece: torch.Tensor) -> torch.Tensor:
+    """What is quantised of a piece [batch, channels, samples] that is encoded at once, as [batch * frames, dim]."""
+    if getattr(model.config, "normalize", False):
+        piece = piece / (piece.mean(1, keepdim=True).square().mean(2, keepdim=True).sqrt() + 1e-8)
+    found = model.encoder(piece)
+    return found.transpose(1, 2).reshape(-1, found.shape[1])
+
+
+def fill_codebooks(model, audio: torch.Tensor, generator: torch.Generator) -> None:
+    """Gives each level vectors near what it is to quantise."""
+    rows = latents(model, audio)
+    for project, levels in branches(model):
+        residual = project(rows)
+        for level in levels:
+            seen = level.compared(residual)
+            chosen = torch.randperm(len(seen), generator=generator)[: len(level.vectors())]
+            noise = torch.randn(len(chosen), seen.shape[1], generator=generator)
+            level.fill(seen[chosen] + 0.2 * seen.std(0) * noise)
+            residual = residual - level.lookup(torch.cdist(level.compared(residual), level.vectors()).argmin(1))
+
+
+def is_near_tie(model, piece: np.ndarray, theirs: np.ndarray, ours: np.ndarray, relative: float) -> bool:
+    """Whether each frame's first disagreement [codebooks, frames] is between distances that are equal in float64.
+
+    What follows a disagreement within a branch quantises another residual, and is not compared.
+    """
+    exact = copy.deepcopy(model).double()
+    theirs, ours = torch.tensor(theirs), torch.tensor(ours)
+    first = 0
+    with torch.no_grad():
+        rows = latents(exact, torch.tensor(piece, dtype=torch.float64))
+        for project, levels in branches(exact):
+            residual, agreed = project(rows), torch.ones(len(rows), dtype=torch.bool)
+            for level, one, other in zip(levels, theirs[first:], ours[first:], strict=False):
+                seen, vectors = level.compared(residual), level.vectors()
+                distances = [(seen - vectors[codes]).square().sum(1) for codes in (one, other)]
+                gap = (distances[0] - distances[1]).abs() / torch.maximum(*distances)
+                if (agreed & (gap > relative)).any():
+                    return False
+                agreed &= one == other
+                residual = residual - level.lookup(one)
+            first += len(levels)
+    return True
