@@ -18,6 +18,7 @@ from omni_tokenizers.quantizers import (
     VectorQuantizerConfig,
     make_quantizer,
 )
+from omni_tokenizers.weights import flatten
 
 EMA = VectorQuantizerConfig(codebook_size=8, dim=4)
 LEARNED = LearnedQuantizerConfig(codebook_size=8, dim=4)
@@ -69,8 +70,12 @@ def gradients(quantizer, z, upstream, weights=None):
     graphdef, params, rest = nnx.split(quantizer, nnx.Param, ...)
     weights = jnp.ones(z.shape[:-1]) if weights is None else weights
     by_params, by_z = _gradients(graphdef, params, rest, z, upstream, weights)
-    named = {".".join(map(str, path)): np.asarray(value[...]) for path, value in nnx.to_flat_state(by_params)}
-    return np.asarray(by_z), named
+    return np.asarray(by_z), flatten(by_params)
+
+
+def parameters(quantizer):
+    """Under their names."""
+    return flatten(nnx.state(quantizer, nnx.Param))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -248,14 +248,14 @@ def _inner_class(hint: Any, value: Any, source: str, name: str) -> type | None:
         return None
     if len(classes) == 1:
         return classes[0]
-    kinds = {each.kind: each for each in classes}
-    if value.get("kind") not in kinds:
-        raise OmniError(f"{source}: unknown kind {value.get('kind')!r} of {name!r}{_nearest(value.get('kind'), kinds)}")
-    return kinds[value["kind"]]
+    kinds, kind = {each.kind: each for each in classes}, value.get("kind")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise OmniError(f"{source}: unknown kind {kind!r} of {name!r}{_nearest(str(kind), kinds)}")
+    return kinds[kind]
 
 
-def _nearest(key: Any, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(key, known, 1) if isinstance(key, str) else []
+def _nearest(key: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(key, known, 1)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
 
 
