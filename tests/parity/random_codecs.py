@@ -67,6 +67,33 @@ CONFIGS = {
     "mimi": lambda: transformers.MimiConfig(**MIMI),
 }
 
+# As published; what is not said is transformers' default, which is the codec at 24 kHz for EnCodec.
+RELEASED = {
+    "encodec 24 kHz": transformers.EncodecConfig,
+    "encodec 32 kHz": lambda: transformers.EncodecConfig(
+        sampling_rate=32000,
+        upsampling_ratios=[8, 5, 4, 4],
+        num_filters=64,
+        codebook_size=2048,
+        target_bandwidths=[2.2],
+        use_causal_conv=False,
+        use_conv_shortcut=False,
+    ),
+    "encodec 48 kHz": lambda: transformers.EncodecConfig(
+        sampling_rate=48000,
+        audio_channels=2,
+        target_bandwidths=[3.0, 6.0, 12.0, 24.0],
+        use_causal_conv=False,
+        norm_type="time_group_norm",
+        normalize=True,
+        chunk_length_s=1.0,
+        overlap=0.01,
+    ),
+    "dac default": transformers.DacConfig,
+    "dac 16 kHz": lambda: transformers.DacConfig(downsampling_ratios=[2, 4, 5, 8], n_codebooks=12),
+    "mimi": transformers.MimiConfig,
+}
+
 
 def random_codec(config, seconds: float = 1.0):
     """A model with every parameter and buffer random, codebooks spread over what its encoder gives for noise."""
@@ -185,9 +212,12 @@ def fill_codebooks(model, audio: torch.Tensor, generator: torch.Generator) -> No
         residual = project(rows)
         for level in levels:
             seen = level.compared(residual)
-            chosen = torch.randperm(len(seen), generator=generator)[: len(level.vectors())]
-            noise = torch.randn(len(chosen), seen.shape[1], generator=generator)
-            level.fill(seen[chosen] + 0.2 * seen.std(0) * noise)
+            codes = len(level.vectors())
+            chosen = torch.randperm(max(len(seen), codes), generator=generator)[:codes] % len(seen)
+            # Where few latents are had, vectors that lie on them would leave the next levels nothing to quantise.
+            spread = 0.2 if len(seen) > 4 * codes else 0.8
+            noise = torch.randn(codes, seen.shape[1], generator=generator)
+            level.fill(seen[chosen] + spread * seen.std(0) * noise)
             residual = residual - level.lookup(torch.cdist(level.compared(residual), level.vectors()).argmin(1))
 
 

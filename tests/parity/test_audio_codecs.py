@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="needs torch: pip install 'omni-any-
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'omni-any-to-any[parity]'")
 
 import random_codecs  # noqa: E402, needs both
-from random_codecs import CONFIGS, random_codec, sound  # noqa: E402
+from random_codecs import CONFIGS, RELEASED, random_codec, sound  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -109,6 +109,18 @@ def error(ours: np.ndarray, theirs: np.ndarray) -> float:
     level = np.sqrt(np.square(theirs).mean())
     assert level > 1e-3 and np.abs(theirs - np.median(theirs)).mean() > 0.1 * level
     return float(np.abs(ours - theirs).max() / level)
+
+
+def test_near_ties_are_told_from_errors(pair):
+    """The proof that allows a difference allows none to a code that is farther, at any level."""
+    model, tokenizer, _ = pair
+    first, end, piece = pieces(tokenizer, sound(model.config, 1, 240))[0]
+    theirs = their_codes(model, piece).ids[0, :, first:end]
+    assert random_codecs.is_near_tie(model, piece, theirs, theirs, TIE)
+    for level in range(tokenizer.codebooks):
+        wrong = theirs.copy()
+        wrong[level, 1] = (wrong[level, 1] + 1) % tokenizer.codebook_sizes[level]
+        assert not random_codecs.is_near_tie(model, piece, theirs, wrong, TIE)
 
 
 LENGTHS = {1: (2411, 7, 1), 3: (1201, 96)}
@@ -231,7 +243,8 @@ def test_export_gives_back_what_was_read(pair, tmp_path):
     pretrained.export_transformers(tokenizer, tmp_path)
     loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    own = ("_name_or_path", "dtype")
+    own = ("_name_or_path", "dtype", "_frame_rate")
+    assert loaded.config.frame_rate == model.config.frame_rate
     one, other = (model.config.to_dict() for model in (loaded, type(model).from_pretrained(directory)))
     assert {key: one[key] for key in one if key not in own} == {key: other[key] for key in other if key not in own}
     ignored = pretrained.find_family(model.config.model_type, "").ignored
@@ -271,3 +284,22 @@ def test_our_own_directory_is_the_same_tokenizer(pair, tmp_path):
     again, x = omni_tokenizers.load(tmp_path), sound(model.config, 1, 100)
     assert (again.hash, again.config, type(again)) == (tokenizer.hash, tokenizer.config, type(tokenizer))
     np.testing.assert_array_equal(again.encode(x).ids, tokenizer.encode(x).ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_configurations(name, tmp_path, capsys):
+    """The sizes that are published, with random weights: same codes, same sound, from a short clip."""
+    model = random_codec(RELEASED[name](), 0.4)
+    model.save_pretrained(tmp_path)
+    tokenizer = omni_tokenizers.load(tmp_path)
+    x = sound(model.config, 1, int(0.31 * model.config.sampling_rate) + 1)
+    ours, theirs = tokenizer.encode(x), their_codes(model, x)
+    assert_same_codes(model, tokenizer, x, ours.ids, theirs.ids)
+    largest, differing = error(tokenizer.decode(theirs), their_sound(model, theirs)), (ours.ids != theirs.ids).sum()
+    with capsys.disabled():
+        used = np.mean([len(np.unique(codes)) for codes in theirs.ids[0]]) / theirs.shape[2]
+        print(
+            f"\n{name}: {differing} of {theirs.ids.size} codes differ, sound within {largest:.1e}, {used:.0%} distinct"
+        )
+    assert largest < SOUND
