@@ -30,10 +30,68 @@ ENCODEC_48K = ENCODEC_24K | {
     "overlap": 0.04,
     "num_residual_layers": 1,
 }
+DAC = {
+    "sampling_rate": 2400,
+    "downsampling_ratios": [2, 3, 4],
+    "encoder_hidden_size": 4,
+    "decoder_hidden_size": 32,
+    "n_codebooks": 3,
+    "codebook_size": 16,
+    "codebook_dim": 4,
+}
+MIMI = {
+    "sampling_rate": 2400,
+    "upsampling_ratios": [4, 3],
+    "num_filters": 4,
+    "hidden_size": 16,
+    "upsample_groups": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "sliding_window": 30,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 200.0},
+    "norm_eps": 1e-3,
+    "codebook_size": 16,
+    "codebook_dim": 8,
+    "vector_quantization_hidden_dimension": 8,
+    "num_quantizers": 5,
+    "num_semantic_quantizers": 2,
+}
 CONFIGS = {
     "encodec 24k": lambda: transformers.EncodecConfig(**ENCODEC_24K),
     "encodec 32k": lambda: transformers.EncodecConfig(**ENCODEC_32K),
     "encodec 48k": lambda: transformers.EncodecConfig(**ENCODEC_48K),
+    "dac odd": lambda: transformers.DacConfig(**DAC),
+    "dac even": lambda: transformers.DacConfig(**DAC | {"downsampling_ratios": [2, 4, 4]}),
+    "mimi": lambda: transformers.MimiConfig(**MIMI),
+}
+
+# As published; what is not said is transformers' default, which is the codec at 24 kHz for EnCodec.
+RELEASED = {
+    "encodec 24 kHz": transformers.EncodecConfig,
+    "encodec 32 kHz": lambda: transformers.EncodecConfig(
+        sampling_rate=32000,
+        upsampling_ratios=[8, 5, 4, 4],
+        num_filters=64,
+        codebook_size=2048,
+        target_bandwidths=[2.2],
+        use_causal_conv=False,
+        use_conv_shortcut=False,
+    ),
+    "encodec 48 kHz": lambda: transformers.EncodecConfig(
+        sampling_rate=48000,
+        audio_channels=2,
+        target_bandwidths=[3.0, 6.0, 12.0, 24.0],
+        use_causal_conv=False,
+        norm_type="time_group_norm",
+        normalize=True,
+        chunk_length_s=1.0,
+        overlap=0.01,
+    ),
+    "dac default": transformers.DacConfig,
+    "dac 16 kHz": lambda: transformers.DacConfig(downsampling_ratios=[2, 4, 5, 8], n_codebooks=12),
+    "mimi": transformers.MimiConfig,
 }
 
 
@@ -46,19 +104,32 @@ def random_codec(config, seconds: float = 1.0):
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name in persistent:
-                tensor.copy_(_noise(name, tensor, generator))
-        fill_codebooks(model, torch.tensor(sound(config, 4, int(seconds * config.sampling_rate))), generator)
+                tensor.copy_(_noise(name, tensor, generator, gain=0.8 if config.model_type == "dac" else 1.3))
+        audio = torch.tensor(sound(config, 4, int(seconds * config.sampling_rate)))
+        fill_codebooks(model, audio, generator)
+        if config.model_type == "dac":
+            _keep_from_saturating(model, audio)
     return model
 
 
-def _noise(name: str, tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _keep_from_saturating(model, audio: torch.Tensor) -> None:
+    """Centres what DAC's last tanh gets, and brings it to a level of about 0.7."""
+    last, seen = model.decoder.conv2, []
+    hook = last.register_forward_hook(lambda module, inputs, output: seen.append(output - last.bias))
+    model.decode(audio_codes=model.encode(audio).audio_codes)
+    hook.remove()
+    last.weight.mul_(0.7 / seen[0].std())
+    last.bias.copy_(-0.7 * seen[0].mean() / seen[0].std() + 0.1)
+
+
+def _noise(name: str, tensor: torch.Tensor, generator: torch.Generator, gain: float) -> torch.Tensor:
     """Sizes that keep signals alive through the depth of the net."""
     noise = torch.randn(tensor.shape, generator=generator)
     if name.endswith(("original0", "alpha", "norm.weight", "layernorm.weight", "scale", "usage")):
         return (1 + 0.3 * noise).abs() + 0.1
     if tensor.ndim < 2:
         return 0.3 * noise
-    return 1.3 * noise * (len(tensor) / tensor.numel()) ** 0.5
+    return gain * noise * (len(tensor) / tensor.numel()) ** 0.5
 
 
 def sound(config, batch: int, samples: int, seed: int = 0) -> np.ndarray:
@@ -87,10 +158,42 @@ class Level:
 def branches(model) -> list[tuple[Callable[[torch.Tensor], torch.Tensor], list[Level]]]:
     """What each branch makes of latents [n, dim], and the levels over it."""
 
-    def euclidean(codebook):
-        return Level(lambda x: x, lambda: codebook.embed, lambda codes: codebook.embed[codes], codebook.embed.copy_)
+    if model.config.model_type == "dac":
+        return [(lambda x: x, [_by_direction(quantizer) for quantizer in model.quantizer.quantizers])]
+    if model.config.model_type == "mimi":
+        parts = model.quantizer.semantic_residual_vector_quantizer, model.quantizer.acoustic_residual_vector_quantizer
+        return [(_projection(part), [_by_count(layer.codebook) for layer in part.layers]) for part in parts]
+    return [(lambda x: x, [_by_distance(layer.codebook) for layer in model.quantizer.layers])]
 
-    return [(lambda x: x, [euclidean(layer.codebook) for layer in model.quantizer.layers])]
+
+def _projection(branch):
+    return lambda x: branch.input_proj(x.T[None])[0].T
+
+
+def _by_distance(codebook) -> Level:
+    return Level(lambda x: x, lambda: codebook.embed, lambda codes: codebook.embed[codes], codebook.embed.copy_)
+
+
+def _by_count(codebook) -> Level:
+    def vectors():
+        return codebook.embed_sum / codebook.cluster_usage.clamp(min=1e-5)[:, None]
+
+    def fill(vectors):
+        codebook.cluster_usage[3] = 1e-7  # a code that training has all but forgotten: the sum is divided by 1e-5
+        codebook.embed_sum.copy_(vectors * codebook.cluster_usage.clamp(min=1e-5)[:, None])
+        codebook._embed = None  # what it may have divided before
+
+    return Level(lambda x: x, vectors, lambda codes: vectors()[codes], fill)
+
+
+def _by_direction(quantizer) -> Level:
+    normalize, book = torch.nn.functional.normalize, quantizer.codebook.weight
+    return Level(
+        lambda x: normalize(quantizer.in_proj(x.T[None])[0].T),
+        lambda: normalize(book),
+        lambda codes: quantizer.out_proj(book[codes].T[None])[0].T,
+        lambda vectors: book.copy_(vectors * torch.linspace(0.5, 2, len(vectors))[:, None]),
+    )
 
 
 def latents(model, piece: torch.Tensor) -> torch.Tensor:
@@ -98,6 +201,7 @@ def latents(model, piece: torch.Tensor) -> torch.Tensor:
     if getattr(model.config, "normalize", False):
         piece = piece / (piece.mean(1, keepdim=True).square().mean(2, keepdim=True).sqrt() + 1e-8)
     found = model.encoder(piece)
+    found = found.latents if model.config.model_type == "mimi" else found
     return found.transpose(1, 2).reshape(-1, found.shape[1])
 
 
@@ -108,9 +212,12 @@ def fill_codebooks(model, audio: torch.Tensor, generator: torch.Generator) -> No
         residual = project(rows)
         for level in levels:
             seen = level.compared(residual)
-            chosen = torch.randperm(len(seen), generator=generator)[: len(level.vectors())]
-            noise = torch.randn(len(chosen), seen.shape[1], generator=generator)
-            level.fill(seen[chosen] + 0.2 * seen.std(0) * noise)
+            codes = len(level.vectors())
+            chosen = torch.randperm(max(len(seen), codes), generator=generator)[:codes] % len(seen)
+            # Where few latents are had, vectors that lie on them would leave the next levels nothing to quantise.
+            spread = 0.2 if len(seen) > 4 * codes else 0.8
+            noise = torch.randn(codes, seen.shape[1], generator=generator)
+            level.fill(seen[chosen] + spread * seen.std(0) * noise)
             residual = residual - level.lookup(torch.cdist(level.compared(residual), level.vectors()).argmin(1))
 
 

@@ -17,11 +17,12 @@ from jaxtyping import Float
 from omni_tokenizers import weights
 from omni_tokenizers.errors import OmniError
 
-Layout = Literal["same", "linear", "conv1d", "conv_transpose1d", "conv2d", "conv3d"]
+Layout = Literal["same", "channels", "linear", "conv1d", "conv_transpose1d", "conv2d", "conv3d"]
 
 # Which axis of a PyTorch tensor each axis of ours is: kernels are [*space, inputs, outputs] here.
 _AXES: dict[str, tuple[int, ...] | None] = {
     "same": None,
+    "channels": (0, 2, 1),  # [1, channels, 1] there
     "linear": (1, 0),
     "conv1d": (2, 1, 0),
     "conv_transpose1d": (2, 0, 1),

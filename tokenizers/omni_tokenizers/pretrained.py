@@ -72,8 +72,6 @@ class Family:
     """The content of a config.json from the tokenizer's configuration, model_type included."""
     pairs: Callable[[Any], list[interop.Pair]]
     """Which tensor is which, for a configuration."""
-    spelling: Callable[[str], str] = str
-    """The name in `pairs` of a tensor that older or newer versions call otherwise."""
     ignored: tuple[str, ...] = ()
     """Ends of the names of tensors that carry nothing: constants and training statistics."""
     complete: Callable[[Any, dict[str, np.ndarray]], dict[str, np.ndarray]] = lambda config, tensors: tensors
@@ -81,7 +79,6 @@ class Family:
 
     def state(self, config, tensors: Mapping[str, np.ndarray], source: str) -> nnx.State:
         """The net's state for a configuration, filled with a checkpoint's tensors; errors as in `interop.to_state`."""
-        tensors = {self.spelling(name): value for name, value in tensors.items()}
         ignored = [name for name in tensors if name.endswith(self.ignored)]
         return interop.to_state(self.abstract_net(config), tensors, self.pairs(config), source, ignored=ignored)
 
