@@ -23,12 +23,14 @@ from omni_tokenizers.errors import OmniError
 
 DESCRIPTION = "tokenizer.json"
 WEIGHTS = "weights.safetensors"
-_LARGEST_DESCRIPTION = 1 << 20
+CHECKPOINT_CONFIG = "config.json"
+"""What a public checkpoint of transformers has in place of tokenizer.json."""
 _CHUNK = 256  # rows that go through a net together
 
 # "type" in tokenizer.json -> where its class is; imported when a directory names it.
 TYPES = {
     "image_vq": "omni_tokenizers.image:ImageTokenizer",
+    "vqgan": "omni_tokenizers.vqgan:VQGANTokenizer",
     "audio_spectral": "omni_tokenizers.audio:AudioTokenizer",
     "text_sentencepiece": "omni_tokenizers.text:TextTokenizer",
 }
@@ -93,14 +95,14 @@ class NetTokenizer(Tokenizer):
     def code_vectors(self) -> tuple[Float[np.ndarray, "codes code_dim"], ...]:
         """The vectors of each codebook's codes, float32."""
 
-    def _in_chunks(self, function, *arrays: np.ndarray) -> np.ndarray:
+    def _in_chunks(self, function, *arrays: np.ndarray, most: int = _CHUNK) -> np.ndarray:
         """Applies a jitted function of the state and arrays by chunks padded to powers of two: few shapes compile.
 
-        A row must not depend on the other rows.
+        A row must not depend on the other rows. A chunk has at most `most` rows.
         """
         results = []
-        for start in range(0, max(len(arrays[0]), 1), _CHUNK):
-            chunks = [array[start : start + _CHUNK] for array in arrays]
+        for start in range(0, max(len(arrays[0]), 1), most):
+            chunks = [array[start : start + most] for array in arrays]
             rows = len(chunks[0])
             padding = (1 << max(rows - 1, 0).bit_length()) - rows
             padded = [np.pad(chunk, ((0, padding),) + ((0, 0),) * (chunk.ndim - 1)) for chunk in chunks]
@@ -130,12 +132,15 @@ class NetTokenizer(Tokenizer):
 
 
 def load(directory: epath.PathLike) -> Tokenizer:
-    """Opens the tokenizer saved in `directory`, of whichever type.
+    """Opens the tokenizer saved in `directory`, of whichever type, or the one in a public checkpoint's directory.
 
     Raises:
         OmniError: no tokenizer there, an unknown type, or files that are damaged or do not belong together.
     """
     directory = epath.Path(directory)
+    if not (directory / DESCRIPTION).exists() and (directory / CHECKPOINT_CONFIG).exists():
+        checkpoints = importlib.import_module("omni_tokenizers.checkpoints")
+        return checkpoints.load_checkpoint(directory)
     description = read_description(directory)
     kind = description.get("type")
     if not isinstance(kind, str) or kind not in TYPES:
@@ -165,15 +170,24 @@ def read_description(directory: epath.Path) -> dict:
     path = directory / DESCRIPTION
     if not path.exists():
         raise OmniError(f"{directory}: no {DESCRIPTION} there, so this is not a saved tokenizer")
-    if path.stat().length > _LARGEST_DESCRIPTION:
-        raise OmniError(f"{path}: larger than {_LARGEST_DESCRIPTION} bytes, so not a description of a tokenizer")
+    return read_object(path)
+
+
+def read_object(path: epath.Path, largest: int = 1 << 20) -> dict:
+    """The JSON object in a file of at most `largest` bytes.
+
+    Raises:
+        OmniError: too large, or not a JSON object.
+    """
+    if path.stat().length > largest:
+        raise OmniError(f"{path}: larger than {largest} bytes, so not the description it should be")
     try:
-        description = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise OmniError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(description, dict):
-        raise OmniError(f"{path}: expected a JSON object, found {type(description).__name__}")
-    return description
+    if not isinstance(content, dict):
+        raise OmniError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
 
 
 def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:

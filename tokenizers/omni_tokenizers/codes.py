@@ -15,9 +15,11 @@ class Codes:
     """Integer codes with what exact decoding needs besides; ``np.asarray(codes)`` gives the ids."""
 
     ids: Int[np.ndarray, "batch ..."]
-    """int32: images [batch, rows, columns], sound [batch, codebooks, frames]"""
+    """int32: images [batch, rows, columns], video [batch, frames, rows, columns], sound [batch, codebooks, frames]"""
     lengths: Int[np.ndarray, " batch"] | None = None
     """Sound: true lengths in samples; None where every item fills its frames."""
+    sizes: Int[np.ndarray, "batch axes"] | None = None
+    """Images: true (height, width), video (time, height, width); None where every item fills its rows and columns."""
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.array(self.ids, dtype=dtype, copy=True) if copy else np.asarray(self.ids, dtype=dtype)
@@ -31,7 +33,8 @@ class Codes:
         return len(self.ids)
 
     def __repr__(self) -> str:
-        return f"Codes(ids=int32{list(self.ids.shape)}{'' if self.lengths is None else ', lengths'})"
+        more = "".join(f", {name}" for name in ("lengths", "sizes") if getattr(self, name) is not None)
+        return f"Codes(ids=int32{list(self.ids.shape)}{more})"
 
 
 def as_codes(codes, *, axes: tuple[str, ...], size: int) -> Codes:
@@ -51,5 +54,5 @@ def as_codes(codes, *, axes: tuple[str, ...], size: int) -> Codes:
     outside = (ids < 0) | (ids >= size)
     if outside.any():
         raise OmniError(f"code {ids[outside][0]} is outside the codebook, which holds 0 to {size - 1}")
-    lengths = codes.lengths if isinstance(codes, Codes) else None
-    return Codes(ids.astype(np.int32), lengths)
+    ids = ids.astype(np.int32)
+    return dataclasses.replace(codes, ids=ids) if isinstance(codes, Codes) else Codes(ids)
