@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 import omni_tokenizers
-from omni_tokenizers import interop, pretrained, weights
+from omni_tokenizers import checkpoints, weights
+from omni_tokenizers.checkpoints import dac, encodec, interop, mimi
 from omni_tokenizers.codes import Codes
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install 'omni-any-to-any[parity]'")
@@ -17,6 +18,7 @@ from random_codecs import CONFIGS, RELEASED, random_codec, sound  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
+FAMILIES = {"encodec": encodec.ENCODEC, "dac": dac.DAC, "mimi": mimi.MIMI}
 TIE = 1e-5
 """Codes may differ where two distances do not, relatively."""
 SOUND = 1e-4
@@ -220,7 +222,7 @@ def measured(tokenizer, x: np.ndarray):
 def test_every_tensor_matters(pair):
     """A change of any one tensor of the checkpoint shows in the codes or in the sound, unless it is to be ignored."""
     model, tokenizer, directory = pair
-    family, random = pretrained.find_family(model.config.model_type, ""), np.random.default_rng(0)
+    family, random = FAMILIES[model.config.model_type], np.random.default_rng(0)
     tensors = weights.read(directory / "model.safetensors")
     ignored = {name for name in tensors if name.endswith(family.ignored)}
     net, pairs = tokenizer.net, family.pairs(tokenizer.config)
@@ -240,14 +242,14 @@ def test_every_tensor_matters(pair):
 def test_export_gives_back_what_was_read(pair, tmp_path):
     """transformers reads what is exported as the same model; reading it here again changes no bit."""
     model, tokenizer, directory = pair
-    pretrained.export_transformers(tokenizer, tmp_path)
+    checkpoints.export_checkpoint(tokenizer, tmp_path)
     loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     own = ("_name_or_path", "dtype", "_frame_rate")
     assert loaded.config.frame_rate == model.config.frame_rate
     one, other = (model.config.to_dict() for model in (loaded, type(model).from_pretrained(directory)))
     assert {key: one[key] for key in one if key not in own} == {key: other[key] for key in other if key not in own}
-    ignored = pretrained.find_family(model.config.model_type, "").ignored
+    ignored = FAMILIES[model.config.model_type].ignored
     again, expected = dict(effective(loaded)), dict(effective(model))
     assert again.keys() == expected.keys()
     for name in expected:

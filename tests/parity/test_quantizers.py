@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from omni_tokenizers import weights
-from omni_tokenizers.interop import Pair, from_state, to_state
+from omni_tokenizers.checkpoints.interop import Pair, from_state, to_state
 from omni_tokenizers.quantizers import (
     FSQConfig,
     LearnedQuantizerConfig,

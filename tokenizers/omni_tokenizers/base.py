@@ -25,13 +25,14 @@ from omni_tokenizers.errors import OmniError
 
 DESCRIPTION = "tokenizer.json"
 WEIGHTS = "weights.safetensors"
-PRETRAINED = "config.json"  # of a directory that transformers wrote
-_LARGEST_DESCRIPTION = 1 << 20
+CHECKPOINT_CONFIG = "config.json"
+"""What a public checkpoint of transformers has in place of tokenizer.json."""
 _CHUNK = 256  # rows that go through a net together
 
 # "type" in tokenizer.json -> where its class is; imported when a directory names it.
 TYPES = {
     "image_vq": "omni_tokenizers.image:ImageTokenizer",
+    "vqgan": "omni_tokenizers.vqgan:VQGANTokenizer",
     "audio_spectral": "omni_tokenizers.audio:AudioTokenizer",
     "dac": "omni_tokenizers.dac:DacTokenizer",
     "encodec": "omni_tokenizers.encodec:EncodecTokenizer",
@@ -139,14 +140,15 @@ class NetTokenizer(Tokenizer):
 
 
 def load(directory: epath.PathLike) -> Tokenizer:
-    """Opens the tokenizer saved in `directory`, of whichever type, by `save` or by transformers' save_pretrained.
+    """Opens the tokenizer saved in `directory`, of whichever type, or the one in a public checkpoint's directory.
 
     Raises:
         OmniError: no tokenizer there, an unknown type, or files that are damaged or do not belong together.
     """
     directory = epath.Path(directory)
-    if not (directory / DESCRIPTION).exists() and (directory / PRETRAINED).exists():
-        return importlib.import_module("omni_tokenizers.pretrained").load(directory)
+    if not (directory / DESCRIPTION).exists() and (directory / CHECKPOINT_CONFIG).exists():
+        checkpoints = importlib.import_module("omni_tokenizers.checkpoints")
+        return checkpoints.load_checkpoint(directory)
     description = read_description(directory)
     kind = description.get("type")
     if not isinstance(kind, str) or kind not in TYPES:
@@ -179,21 +181,21 @@ def read_description(directory: epath.Path) -> dict:
     return read_object(path)
 
 
-def read_object(path: epath.Path) -> dict:
-    """The JSON object in a file that comes with a tokenizer.
+def read_object(path: epath.Path, largest: int = 1 << 20) -> dict:
+    """The JSON object in a file of at most `largest` bytes.
 
     Raises:
         OmniError: too large, or not a JSON object.
     """
-    if path.stat().length > _LARGEST_DESCRIPTION:
-        raise OmniError(f"{path}: larger than {_LARGEST_DESCRIPTION} bytes, so not a description of a tokenizer")
+    if path.stat().length > largest:
+        raise OmniError(f"{path}: larger than {largest} bytes, so not the description it should be")
     try:
-        description = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise OmniError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(description, dict):
-        raise OmniError(f"{path}: expected a JSON object, found {type(description).__name__}")
-    return description
+    if not isinstance(content, dict):
+        raise OmniError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
 
 
 def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:

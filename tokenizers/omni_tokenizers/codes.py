@@ -15,13 +15,15 @@ class Codes:
     """Integer codes with what exact decoding needs besides; ``np.asarray(codes)`` gives the ids."""
 
     ids: Int[np.ndarray, "batch ..."]
-    """int32: images [batch, rows, columns], sound [batch, codebooks, frames]"""
+    """int32: images [batch, rows, columns], video [batch, frames, rows, columns], sound [batch, codebooks, frames]"""
     lengths: Int[np.ndarray, " batch"] | None = None
     """Sound: true lengths in samples; None where every item fills its frames."""
     scales: Float[np.ndarray, "batch chunks"] | None = None
     """Sound whose loudness is kept apart from its ids: what each chunk was divided by (0 for chunks past a clip's end).
 
     Without them a tokenizer that divides (EnCodec at 48 kHz) cannot decode; None for all others."""
+    sizes: Int[np.ndarray, "batch axes"] | None = None
+    """Images: true (height, width), video (time, height, width); None where every item fills its rows and columns."""
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.array(self.ids, dtype=dtype, copy=True) if copy else np.asarray(self.ids, dtype=dtype)
@@ -35,7 +37,7 @@ class Codes:
         return len(self.ids)
 
     def __repr__(self) -> str:
-        besides = [name for name in ("lengths", "scales") if getattr(self, name) is not None]
+        besides = [name for name in ("lengths", "scales", "sizes") if getattr(self, name) is not None]
         return f"Codes({', '.join([f'ids=int32{list(self.ids.shape)}', *besides])})"
 
 

@@ -1,6 +1,7 @@
 """Convolutions over channels-last arrays, which pad nothing: how an edge is padded is each codec's own affair.
 
-Kernels are [width, inputs, outputs] (1-D) and [height, width, inputs, outputs] (2-D).
+Kernels are [width, inputs, outputs] (1-D), [height, width, inputs, outputs] (2-D) and [time, height, width, inputs,
+outputs] (3-D).
 """
 
 from __future__ import annotations
@@ -111,3 +112,25 @@ class Conv2d(nnx.Module):
             precision=_PRECISION,
         )
         return y if self.bias is None else y + self.bias[...]
+
+
+class Conv3d(nnx.Module):
+    """y[t, r, c] = sum over i, j, k of x[t * time_stride + i, r + j, c + k] kernel[i, j, k] + bias."""
+
+    def __init__(self, inputs: int, outputs: int, size: tuple[int, int, int], *, time_stride: int = 1, rngs: nnx.Rngs):
+        self.time_stride = time_stride
+        self.kernel = nnx.Param(_initial(rngs.params(), (*size, inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs))
+
+    def __call__(
+        self, x: Float[Array, "batch time height width inputs"]
+    ) -> Float[Array, "batch frames rows columns outputs"]:
+        y = jax.lax.conv_general_dilated(
+            x,
+            self.kernel[...],
+            window_strides=(self.time_stride, 1, 1),
+            padding="VALID",
+            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+            precision=_PRECISION,
+        )
+        return y + self.bias[...]

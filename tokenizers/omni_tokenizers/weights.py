@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -14,6 +15,7 @@ from flax import nnx
 
 from omni_tokenizers.errors import OmniError
 
+_LONGEST_HEADER = 100_000_000  # as the format's own reader has it
 _DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -82,9 +84,9 @@ def rounded(tensors: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarr
 
 
 def write(path: epath.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes arrays as one safetensors file, at a local path or in a bucket, with strings in its header."""
+    """Writes arrays, and strings about them, as one safetensors file, at a local path or in a bucket."""
     arrays = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in tensors.items()}
-    epath.Path(path).write_bytes(safetensors.numpy.save(arrays, metadata))
+    epath.Path(path).write_bytes(safetensors.numpy.save(arrays, None if metadata is None else dict(metadata)))
 
 
 def read(path: epath.PathLike) -> dict[str, np.ndarray]:
@@ -101,6 +103,30 @@ def read(path: epath.PathLike) -> dict[str, np.ndarray]:
     except safetensors.SafetensorError as error:
         raise OmniError(f"{path}: not a whole safetensors file ({error})") from None
     return {name: _array(path, name, entry) for name, entry in entries}
+
+
+def read_some(path: epath.PathLike, wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file whose names are `wanted`; the bytes of the others are not read.
+
+    Raises:
+        OmniError: no such file, or not a whole safetensors file.
+    """
+    path = epath.Path(path)
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(min(length, _LONGEST_HEADER)))
+            entries.pop("__metadata__", None)
+            arrays = {}
+            for name in filter(wanted, entries):
+                begin, end = entries[name]["data_offsets"]
+                file.seek(8 + length + begin)
+                arrays[name] = _array(path, name, entries[name] | {"data": file.read(end - begin)})
+            return arrays
+    except OSError:
+        raise OmniError(f"{path}: there is no such file of weights") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise OmniError(f"{path}: not a whole safetensors file ({error})") from None
 
 
 def _array(path: epath.Path, name: str, entry: dict) -> np.ndarray:

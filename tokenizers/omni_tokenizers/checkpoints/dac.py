@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from omni_tokenizers.checkpoints.family import Family, Settings
+from omni_tokenizers.checkpoints.interop import Layout, Pair
 from omni_tokenizers.dac import DacConfig, DacTokenizer
-from omni_tokenizers.interop import Layout, Pair
-from omni_tokenizers.pretrained import Family, Settings
 
 # transformers' name -> ours, of what is the same in both.
 _KEYS = {
@@ -74,3 +74,5 @@ def _convolution(ours: str, theirs: str, layout: Layout = "conv1d") -> list[Pair
 
 
 DAC = Family(DacTokenizer, _read, _write, _pairs)
+
+from_transformers, to_transformers = DAC.from_transformers, DAC.to_transformers

@@ -46,7 +46,7 @@ class Pair:
     theirs: str
     """Name in the checkpoint, after weight norms are folded."""
     layout: Layout = "same"
-    """How the axes of theirs lie."""
+    """How the axes of theirs lie; ours may have axes of length 1 in front, as a 1 x 1 convolution for a linear map."""
 
 
 def to_state(
@@ -81,11 +81,10 @@ def to_state(
     for pair in pairs:
         value, shape = np.asarray(tensors[pair.theirs]), wanted[pair.ours]
         axes = _AXES[pair.layout]
-        expected = shape if axes is None else tuple(shape[axes.index(axis)] for axis in range(len(axes)))
+        expected = shape if axes is None else tuple(shape[axes.index(axis) - len(axes)] for axis in range(len(axes)))
         if value.shape != expected:
             raise OmniError(f"{source}: tensor {pair.theirs!r} has the shape {list(value.shape)}, not {list(expected)}")
-        _require_finite(pair.theirs, value, source)
-        ours[pair.ours] = value if axes is None else value.transpose(axes)
+        ours[pair.ours] = value if axes is None else value.transpose(axes).reshape(shape)
     return weights.unflatten(state, ours, source)
 
 
@@ -95,7 +94,9 @@ def from_state(state: nnx.State, pairs: Iterable[Pair]) -> dict[str, np.ndarray]
     for pair in pairs:
         axes = _AXES[pair.layout]
         value = ours[pair.ours]
-        theirs[pair.theirs] = value if axes is None else value.transpose(np.argsort(axes))
+        if axes is not None:
+            value = value.reshape(value.shape[-len(axes) :]).transpose(np.argsort(axes))
+        theirs[pair.theirs] = value
     return theirs
 
 

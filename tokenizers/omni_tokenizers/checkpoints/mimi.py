@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from omni_tokenizers.checkpoints.encodec import read_seanet, seanet_pairs, write_seanet
+from omni_tokenizers.checkpoints.family import Family, Settings
+from omni_tokenizers.checkpoints.interop import Pair
 from omni_tokenizers.errors import OmniError
-from omni_tokenizers.interop import Pair
 from omni_tokenizers.mimi import MimiConfig, MimiTokenizer
-from omni_tokenizers.pretrained import Family, Settings
-from omni_tokenizers.pretrained_encodec import read_seanet, seanet_pairs, write_seanet
 
 # transformers' name -> ours, of what is the same in both.
 _KEYS = {
@@ -132,3 +132,5 @@ def _complete(config: MimiConfig, tensors: dict[str, np.ndarray]) -> dict[str, n
 
 
 MIMI = Family(MimiTokenizer, _read, _write, _pairs, ignored=(".codebook.initialized",), complete=_complete)
+
+from_transformers, to_transformers = MIMI.from_transformers, MIMI.to_transformers

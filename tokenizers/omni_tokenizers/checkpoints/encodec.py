@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from omni_tokenizers.checkpoints.family import Family, Settings
+from omni_tokenizers.checkpoints.interop import Layout, Pair, unfold_weight_norms
 from omni_tokenizers.encodec import EncodecConfig, EncodecTokenizer
 from omni_tokenizers.errors import OmniError
-from omni_tokenizers.interop import Layout, Pair, unfold_weight_norms
-from omni_tokenizers.pretrained import Family, Settings
 from omni_tokenizers.seanet import SEANetConfig
 
 # transformers' name -> ours, of what is the same in both.
@@ -177,3 +177,5 @@ ENCODEC = Family(
     ignored=(".codebook.inited", ".codebook.cluster_size", ".codebook.embed_avg"),
     complete=_complete,
 )
+
+from_transformers, to_transformers = ENCODEC.from_transformers, ENCODEC.to_transformers

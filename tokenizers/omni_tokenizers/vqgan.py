@@ -1,0 +1,438 @@
+"""The image tokenizer of VQGAN and its descendants: convolutions at falling resolutions around one codebook.
+
+Sources: VQGAN (Esser et al. 2021, arXiv:2012.09841) as taming-transformers has it; codes on the unit sphere as in
+ViT-VQGAN (Yu et al. 2022, arXiv:2110.04627) and LlamaGen (Sun et al. 2024, arXiv:2406.06525). Chameleon, LlamaGen and
+Janus are settings of this one net; Emu3's (`omni_tokenizers.emu3`) is built from its parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from omni_tokenizers.base import NetTokenizer
+from omni_tokenizers.codes import Codes, as_codes
+from omni_tokenizers.errors import OmniError, UsageError
+from omni_tokenizers.image import normalized
+from omni_tokenizers.layers import Conv2d
+from omni_tokenizers.quantizers import CodebookState, nearest
+
+_GROUPS = 32
+_EPSILON = 1e-6
+# Bounds for descriptions that come with files from elsewhere.
+_LARGEST = 1 << 20
+_DEEPEST = 64
+_PIXELS = 1 << 19  # that go through a net together: two pictures of 512 x 512
+
+
+@dataclasses.dataclass(frozen=True)
+class PyramidConfig:
+    """Convolutions at falling resolutions, and the codebook below them."""
+
+    channels: int = 128
+    """Channels of the first stage; each stage must have a multiple of 32 of them."""
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Channels of each stage as multiples of `channels`; each stage after the first halves the resolution."""
+    residual_blocks: int = 2
+    """Residual blocks in each stage of the encoder; the decoder has one more."""
+    attention_stages: tuple[int, ...] = ()
+    """Stages (0 = full resolution) with attention after every block; between encoder and decoder it always stands."""
+    latent_channels: int = 256
+    """Channels that the encoder ends in and the decoder begins with."""
+    codebook_size: int = 8192
+    """Number of codes."""
+    image_size: int = 512
+    """Height and width in pixels that the net is meant for; it takes any."""
+
+    def __post_init__(self):
+        sizes = (self.channels, *self.multipliers, self.latent_channels, self.codebook_size, self.image_size)
+        if max(sizes) > _LARGEST or max(len(self.multipliers), self.residual_blocks) > _DEEPEST:
+            raise UsageError(f"sizes go up to {_LARGEST}, stages and residual_blocks up to {_DEEPEST}")
+        if min(*sizes, self.residual_blocks, len(self.multipliers)) < 1 or self.codebook_size < 2:
+            raise UsageError("all sizes must be positive, with one stage at least and two codes")
+        if any(width % _GROUPS for width in self.widths):
+            raise UsageError(f"channels must be multiples of {_GROUPS} in every stage, got {list(self.widths)}")
+        if any(stage not in range(len(self.multipliers)) for stage in self.attention_stages):
+            raise UsageError(
+                f"attention_stages must lie in 0 to {len(self.multipliers) - 1}, got {list(self.attention_stages)}"
+            )
+        if list(self.attention_stages) != sorted(set(self.attention_stages)):
+            raise UsageError(f"attention_stages must rise, got {list(self.attention_stages)}")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        return tuple(self.channels * multiplier for multiplier in self.multipliers)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels along each side of what one code stands for."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class VQGANConfig(PyramidConfig):
+    """The defaults are Chameleon's: 512 x 512 pixels as 32 x 32 codes."""
+
+    code_dim: int = 256
+    """Width of a code vector."""
+    normalized_codes: bool = False
+    """Whether latents and codes are scaled to unit length, before they are compared and before they are decoded."""
+    has_decoder: bool = True
+    """Whether there is a decoder; transformers' Chameleon has none."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 1 <= self.code_dim <= _LARGEST:
+            raise UsageError(f"code_dim must lie in 1 to {_LARGEST}, got {self.code_dim}")
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Pixels that one code stands for, downwards and across."""
+        return (self.downsampling, self.downsampling)
+
+
+class GroupNorm(nnx.Module):
+    """Each of 32 groups of channels to mean 0 and variance 1 over a whole picture, then scale and bias.
+
+    The variance is that of the centred values: the difference of mean squares, faster, costs half of float32's digits
+    wherever the mean is large.
+    """
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+
+    def __call__(
+        self, x: Float[Array, "batch height width channels"], guide: Array | None = None
+    ) -> Float[Array, "batch height width channels"]:
+        """`guide` is for norms that stand in for this one and read more than `x`."""
+        groups = x.reshape(*x.shape[:3], _GROUPS, -1)
+        centred = groups - groups.mean((1, 2, 4), keepdims=True)
+        variance = jnp.square(centred).mean((1, 2, 4), keepdims=True)
+        unit = (centred * jax.lax.rsqrt(variance + _EPSILON)).reshape(x.shape)
+        return unit * self.scale[...] + self.bias[...]
+
+
+Norm = Callable[..., nnx.Module]
+"""Makes a norm of so many channels, like `GroupNorm`."""
+
+
+class ResidualBlock(nnx.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), x through a 1 x 1 convolution where the channels change."""
+
+    def __init__(self, inputs: int, outputs: int, norm: Norm, *, rngs: nnx.Rngs):
+        self.first_norm = norm(inputs, rngs=rngs)
+        self.first = Conv2d(inputs, outputs, 3, rngs=rngs)
+        self.second_norm = norm(outputs, rngs=rngs)
+        self.second = Conv2d(outputs, outputs, 3, rngs=rngs)
+        self.shortcut = Conv2d(inputs, outputs, 1, rngs=rngs) if inputs != outputs else nnx.data(None)
+
+    def __call__(
+        self, x: Float[Array, "batch height width inputs"], guide: Array | None = None
+    ) -> Float[Array, "batch height width outputs"]:
+        y = self.first(padded(nnx.silu(self.first_norm(x, guide))))
+        y = self.second(padded(nnx.silu(self.second_norm(y, guide))))
+        return y + (x if self.shortcut is None else self.shortcut(x))
+
+
+class AttentionBlock(nnx.Module):
+    """x + attention of every position to all of the picture, one head as wide as the channels."""
+
+    def __init__(self, channels: int, norm: Norm, *, rngs: nnx.Rngs):
+        self.norm = norm(channels, rngs=rngs)
+        self.query = Conv2d(channels, channels, 1, rngs=rngs)
+        self.key = Conv2d(channels, channels, 1, rngs=rngs)
+        self.value = Conv2d(channels, channels, 1, rngs=rngs)
+        self.output = Conv2d(channels, channels, 1, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch height width channels"], guide: Array | None = None
+    ) -> Float[Array, "batch height width channels"]:
+        batch, height, width, channels = x.shape
+        y = self.norm(x, guide)
+        query, key, value = (
+            layer(y).reshape(batch, height * width, channels) for layer in (self.query, self.key, self.value)
+        )
+        highest = jax.lax.Precision.HIGHEST
+        scores = jnp.einsum("bqc,bkc->bqk", query, key, precision=highest) / np.sqrt(channels)
+        y = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(scores, -1), value, precision=highest)
+        return x + self.output(y.reshape(x.shape))
+
+
+class Stage(nnx.Module):
+    """Residual blocks of one resolution, each followed by attention if the stage has it, then a change of resolution.
+
+    `resample` is the convolution of that change, with `stride`, or None; encoder and decoder call it, each in its way.
+    """
+
+    def __init__(self, widths: list[int], norm: Norm, *, has_attention: bool, stride: int | None, rngs: nnx.Rngs):
+        outputs = widths[-1]
+        self.blocks = nnx.List(
+            [ResidualBlock(before, after, norm, rngs=rngs) for before, after in itertools.pairwise(widths)]
+        )
+        attention = len(self.blocks) if has_attention else 0
+        self.attention = nnx.List([AttentionBlock(outputs, norm, rngs=rngs) for _ in range(attention)])
+        self.resample = nnx.data(None) if stride is None else Conv2d(outputs, outputs, 3, stride=stride, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch height width inputs"], guide: Array | None = None
+    ) -> Float[Array, "batch height width outputs"]:
+        for index, block in enumerate(self.blocks):
+            x = block(x, guide)
+            if self.attention:
+                x = self.attention[index](x, guide)
+        return x
+
+
+class Middle(nnx.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int, norm: Norm, *, rngs: nnx.Rngs):
+        self.first = ResidualBlock(channels, channels, norm, rngs=rngs)
+        self.attention = AttentionBlock(channels, norm, rngs=rngs)
+        self.second = ResidualBlock(channels, channels, norm, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch height width channels"], guide: Array | None = None
+    ) -> Float[Array, "batch height width channels"]:
+        return self.second(self.attention(self.first(x, guide), guide), guide)
+
+
+class Encoder(nnx.Module):
+    """Images within [-1, 1] to latents."""
+
+    def __init__(self, config: PyramidConfig, *, rngs: nnx.Rngs):
+        widths, last = config.widths, len(config.widths) - 1
+
+        def stage(index):
+            return Stage(
+                [widths[index - 1] if index else config.channels] + [widths[index]] * config.residual_blocks,
+                GroupNorm,
+                has_attention=index in config.attention_stages,
+                stride=2 if index < last else None,
+                rngs=rngs,
+            )
+
+        self.enter = Conv2d(3, config.channels, 3, rngs=rngs)
+        self.stages = nnx.List([stage(index) for index in range(len(widths))])
+        self.middle = Middle(widths[-1], GroupNorm, rngs=rngs)
+        self.norm = GroupNorm(widths[-1], rngs=rngs)
+        self.leave = Conv2d(widths[-1], config.latent_channels, 3, rngs=rngs)
+
+    def __call__(
+        self, image: Float[Array, "batch height width 3"]
+    ) -> Float[Array, "batch rows columns latent_channels"]:
+        x = self.enter(padded(image))
+        for stage in self.stages:
+            x = stage(x)
+            if stage.resample is not None:
+                # All of the padding lies below and to the right.
+                x = stage.resample(jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))))
+        return self.leave(padded(nnx.silu(self.norm(self.middle(x)))))
+
+
+class Decoder(nnx.Module):
+    """Latents to images, about within [-1, 1]; the stages are in the encoder's order, and run from the last."""
+
+    def __init__(self, config: PyramidConfig, norm: Norm = GroupNorm, *, rngs: nnx.Rngs):
+        widths, last = config.widths, len(config.widths) - 1
+
+        def stage(index):
+            return Stage(
+                [widths[min(index + 1, last)]] + [widths[index]] * (config.residual_blocks + 1),
+                norm,
+                has_attention=index in config.attention_stages,
+                stride=1 if index > 0 else None,
+                rngs=rngs,
+            )
+
+        self.enter = Conv2d(config.latent_channels, widths[-1], 3, rngs=rngs)
+        self.middle = Middle(widths[-1], norm, rngs=rngs)
+        self.stages = nnx.List([stage(index) for index in range(len(widths))])
+        self.norm = norm(widths[0], rngs=rngs)
+        self.leave = Conv2d(widths[0], 3, 3, rngs=rngs)
+
+    def __call__(
+        self, latents: Float[Array, "batch rows columns latent_channels"], guide: Array | None = None
+    ) -> Float[Array, "batch height width 3"]:
+        """`guide` is handed to every norm."""
+        x = self.middle(self.enter(padded(latents)), guide)
+        for stage in reversed(self.stages):
+            x = stage(x, guide)
+            if stage.resample is not None:
+                x = stage.resample(padded(repeated(x, 2)))
+        return self.leave(padded(nnx.silu(self.norm(x, guide))))
+
+
+class VQGAN(nnx.Module):
+    """Encoder, codebook and decoder."""
+
+    def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = Encoder(config, rngs=rngs)
+        self.to_code = Conv2d(config.latent_channels, config.code_dim, 1, rngs=rngs)
+        self.codebook = CodebookState(jax.random.normal(rngs.params(), (config.codebook_size, config.code_dim)))
+        self.from_code = Conv2d(config.code_dim, config.latent_channels, 1, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs) if config.has_decoder else nnx.data(None)
+
+    def code_vectors(self) -> Float[Array, "codes code_dim"]:
+        """What is compared and decoded for each code."""
+        return self._scaled(self.codebook[...])
+
+    def latents(self, image: Float[Array, "batch height width 3"]) -> Float[Array, "batch rows columns code_dim"]:
+        """Continuous latents, as they are compared to code vectors, of images within [-1, 1]."""
+        return self._scaled(self.to_code(self.encoder(image)))
+
+    def quantize(self, latents: Float[Array, "*batch code_dim"]) -> Int[Array, "*batch"]:
+        """Codes of latents."""
+        codes, _ = nearest(latents.reshape(-1, latents.shape[-1]), self.code_vectors())
+        return codes.reshape(latents.shape[:-1])
+
+    def decoder_input(self, codes: Int[Array, "batch rows columns"]) -> Float[Array, "batch rows columns latents"]:
+        """What the decoder reads: code vectors widened to its channels."""
+        return self.from_code(self.code_vectors()[codes])
+
+    def reconstruct(self, codes: Int[Array, "batch rows columns"]) -> Float[Array, "batch height width 3"]:
+        """Images, about within [-1, 1], of codes."""
+        return self.decoder(self.decoder_input(codes))
+
+    def encode(self, image: UInt8[Array, "batch height width 3"]) -> Int[Array, "batch rows columns"]:
+        """Codes of images."""
+        return self.quantize(self.latents(normalized(image)))
+
+    def decode(self, codes: Int[Array, "batch rows columns"]) -> UInt8[Array, "batch height width 3"]:
+        """Images of codes."""
+        return as_pixels(self.reconstruct(codes))
+
+    def _scaled(self, vectors: Float[Array, "*batch code_dim"]) -> Float[Array, "*batch code_dim"]:
+        if not self.config.normalized_codes:
+            return vectors
+        return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+class GridTokenizer(NetTokenizer):
+    """Pictures of any size, uint8 [batch, height, width, 3], to codes int32 [batch, rows, columns] and back.
+
+    Subclasses' nets have `encode`, `decode` and `code_vectors`, their configurations `strides`, `image_size` and
+    `codebook_size`.
+    """
+
+    modality = "image"
+    axes: ClassVar[tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = ((("height", "width"), ("rows", "columns")),)
+    """Names of the axes of what it takes, and of their codes."""
+
+    def __init__(self, config, net: nnx.Module):
+        super().__init__(config, net)
+        self.image_size = config.image_size
+        self.grid = tuple(-(-config.image_size // stride) for stride in config.strides[-2:])
+        self.codebook_sizes = (config.codebook_size,)
+        self._encode = jax.jit(lambda state, pixels: nnx.merge(self.graphdef, state).encode(pixels))
+        self._decode = jax.jit(lambda state, codes: nnx.merge(self.graphdef, state).decode(codes))
+
+    @property
+    def code_vectors(self) -> tuple[Float[np.ndarray, "codes code_dim"]]:
+        """The vectors of the codes, float32."""
+        return (np.asarray(self.net.code_vectors()),)
+
+    def encode(self, x: UInt8[np.ndarray, "batch ... 3"]) -> Codes:
+        """Codes; a size that is no multiple of the stride is padded by repeating the edge, and kept in `sizes`.
+
+        Raises:
+            OmniError: not uint8, of another shape, or empty pictures.
+        """
+        x = np.asarray(x)
+        if x.dtype != np.uint8:
+            raise OmniError(f"images must be uint8 (0 to 255), got {x.dtype}; convert them first")
+        sizes = np.array(x.shape[1:-1], np.int32)
+        if x.ndim - 2 not in [len(names) for names, _ in self.axes] or x.shape[-1] != 3 or not sizes.all():
+            wanted = " or ".join(f"[batch, {', '.join(names)}, 3]" for names, _ in self.axes)
+            raise OmniError(f"images must be {wanted} and not empty, got {list(x.shape)}")
+        missing = -sizes % self.config.strides[-len(sizes) :]
+        padded_sizes = sizes + missing
+        x = np.pad(x, [(0, 0), *((0, more) for more in missing), (0, 0)], mode="edge")
+        ids = self._in_chunks(self._encode, x, rows=_rows(padded_sizes))
+        return Codes(ids, sizes=np.tile(sizes, (len(x), 1)) if missing.any() else None)
+
+    def decode(self, codes: Codes | Int[np.ndarray, "batch ..."]) -> UInt8[np.ndarray, "batch ... 3"]:
+        """Pictures of codes, each of its own size where the codes know it (then black), else of whole rows and columns.
+
+        Raises:
+            OmniError: not codes of this tokenizer.
+        """
+        dimensions = np.ndim(codes) - 1
+        grids = [names for _, names in self.axes]
+        names = next((names for names in grids if len(names) == dimensions), grids[0])
+        codes = as_codes(codes, axes=("batch", *names), size=self.codebook_sizes[0])
+        whole = np.array(codes.ids.shape[1:]) * self.config.strides[-dimensions:]
+        if not whole.all():
+            raise OmniError(f"codes must not be empty, got the shape {list(codes.ids.shape)}")
+        pixels = self._in_chunks(self._decode, codes.ids, rows=_rows(whole))
+        return pixels if codes.sizes is None else _cropped(pixels, codes.sizes)
+
+
+class VQGANTokenizer(GridTokenizer):
+    """A VQGAN, with or without its decoder."""
+
+    type = "vqgan"
+    config_class = VQGANConfig
+    net_class = VQGAN
+
+    def decode(self, codes: Codes | Int[np.ndarray, "batch rows columns"]) -> UInt8[np.ndarray, "batch height width 3"]:
+        """As `GridTokenizer.decode`.
+
+        Raises:
+            OmniError: not codes of this tokenizer, or it came without a decoder.
+        """
+        if not self.config.has_decoder:
+            raise OmniError(
+                "this tokenizer has no decoder, as transformers' Chameleon has none; the decoder is in the original "
+                "release's vqgan.ckpt, which omni_tokenizers.checkpoints.import_checkpoint reads"
+            )
+        return super().decode(codes)
+
+
+def padded(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height2 width2 channels"]:
+    """`x` with a border of zeros, for a 3 x 3 convolution that keeps the size."""
+    return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+
+def repeated(
+    x: Float[Array, "batch height width channels"], times: int
+) -> Float[Array, "batch height2 width2 channels"]:
+    """Each pixel as a square of `times` x `times`: upsampling to the nearest."""
+    return x.repeat(times, 1).repeat(times, 2)
+
+
+def as_pixels(image: Float[Array, "*axes"]) -> UInt8[Array, "*axes"]:
+    """Values within [-1, 1] as 0 to 255; beyond them the nearest."""
+    return jnp.round(jnp.clip((image + 1) * 127.5, 0, 255)).astype(jnp.uint8)
+
+
+def _rows(sizes: Int[np.ndarray, " axes"]) -> int:
+    """How many pictures of this size go through a net together."""
+    return max(1, _PIXELS // int(np.prod(sizes, dtype=np.int64)))
+
+
+def _cropped(pixels: UInt8[np.ndarray, "batch ... 3"], sizes) -> UInt8[np.ndarray, "batch ... 3"]:
+    """Pixels up to the largest of `sizes`, black beyond each picture's own; an OmniError if they are no such sizes."""
+    sizes, whole = np.asarray(sizes), np.array(pixels.shape[1:-1])
+    if sizes.shape != (len(pixels), len(whole)) or sizes.dtype.kind not in "iu":
+        raise OmniError(f"sizes must be {len(pixels)} x {len(whole)} integers, got {sizes.dtype} {list(sizes.shape)}")
+    if ((sizes < 1) | (sizes > whole)).any():
+        raise OmniError(
+            f"sizes must lie in 1 to {whole.tolist()}, got {sizes.min(0).tolist()} to {sizes.max(0).tolist()}"
+        )
+    for axis, size in enumerate(sizes.max(0, initial=0), 1):
+        inside = np.arange(size) < sizes[:, axis - 1, None]
+        pixels = pixels.take(np.arange(size), axis)
+        pixels = pixels * np.expand_dims(inside, [other for other in range(1, pixels.ndim) if other != axis])
+    return pixels
