@@ -57,6 +57,7 @@ setup(
         "quickstart": QUICKSTART,
         "notebook": NOTEBOOK,
         "test": TEST,
+        "torch": ["torch>=2.6,<3"],
         "parity": [*TEST, "torch==2.13.0", "transformers==5.23.0"],
         "aot": ["libtpu==0.0.42"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
