@@ -66,16 +66,14 @@ def finished_steps(directory: epath.Path) -> int:
 
 
 def differences(here: Any, there: Any, where: str = "") -> list[str]:
-    """What differs between two JSON values, a line each, by dotted keys; empty if they are the same."""
+    """What differs between two JSON values, a line each, by dotted keys; empty if they are the same.
+
+    A key that is absent and one that is null are the same: a setting that came later is null unless it is chosen.
+    """
     if isinstance(here, dict) and isinstance(there, dict):
         keys = [*here, *(key for key in there if key not in here)]
         prefix = f"{where}." if where else ""
-        absent = "absent"
-        return [
-            line
-            for key in keys
-            for line in differences(here.get(key, absent), there.get(key, absent), f"{prefix}{key}")
-        ]
+        return [line for key in keys for line in differences(here.get(key), there.get(key), f"{prefix}{key}")]
     return [] if here == there else [f"{where}: {_short(here)} here, {_short(there)} there"]
 
 
@@ -107,5 +105,5 @@ def writing(path: epath.Path) -> Iterator[None]:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = "none" if value is None else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

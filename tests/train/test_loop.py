@@ -7,10 +7,12 @@ import signal
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from training_cases import Regression, regression
 
 from omni.sharding import MeshConfig
 from omni.train import metrics as metrics_module
+from omni.train import run_directory
 from omni.train.checkpoints import restore_params
 from omni.train.loop import train
 from omni.train.metrics import MetricsLog, read_metrics
@@ -122,6 +124,18 @@ def test_other_settings_are_refused(tmp_path):
         train(regression(tmp_path / "run", steps=2, width=8, seed=1))
     assert "\n" not in str(error.value)
     assert train(regression(tmp_path / "run", steps=2, log_every=1, keep=5)) is None
+
+
+def test_a_setting_that_came_later_stops_no_run(tmp_path):
+    """A run begun before a setting existed goes on while that setting is null, and is refused once it is chosen."""
+    config = regression(tmp_path / "run", steps=2)
+    before = run_directory.to_json(config)
+    run_directory.claim(epath.Path(config.output), before)
+    now = {**before, "optimizer": {**before["optimizer"], "later": None}, "new": None}
+    run_directory.claim(epath.Path(config.output), now)
+    run_directory.claim(epath.Path(config.output), before)
+    with pytest.raises(OmniError, match=r"\(new: 3 here, none there\)"):
+        run_directory.claim(epath.Path(config.output), {**now, "new": 3})
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
