@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Complex, Float, Int
 
-from omni_tokenizers.base import NetTokenizer
+from omni_tokenizers.carried import Overlap, Past
 from omni_tokenizers.codes import Codes, as_codes
 from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.quantizers import (
@@ -23,6 +23,7 @@ from omni_tokenizers.quantizers import (
     make_quantizer,
 )
 from omni_tokenizers.spectral import analysis, istft, log_mel, magnitude, mel_filterbank, stft, synthesis
+from omni_tokenizers.streaming import StreamingTokenizer
 from omni_tokenizers.waveform import checked_audio, checked_lengths
 
 
@@ -106,7 +107,7 @@ class FrameBlock(nnx.Module):
     """
 
     def __init__(self, dim: int, *, causal: bool, rngs: nnx.Rngs):
-        self.sides = (2, 0) if causal else (1, 1)
+        self.past = Past(2, dim) if causal else nnx.data(None)
         self.norm = nnx.RMSNorm(dim, rngs=rngs)
         self.convolution = nnx.Linear(3 * dim, dim, rngs=rngs)
         self.projection = nnx.Linear(dim, dim, rngs=rngs)
@@ -114,7 +115,8 @@ class FrameBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch frames dim"], mask: Float[Array, "batch frames 1"]
     ) -> Float[Array, "batch frames dim"]:
-        padded = jnp.pad(self.norm(x) * mask, ((0, 0), self.sides, (0, 0)))
+        normed = self.norm(x) * mask
+        padded = jnp.pad(normed, ((0, 0), (1, 1), (0, 0))) if self.past is None else self.past(normed, _count(mask[..., 0]))
         neighbours = jnp.concatenate([padded[:, i : i + x.shape[1]] for i in range(3)], axis=-1)
         return x + self.projection(nnx.gelu(self.convolution(neighbours)))
 
@@ -125,6 +127,7 @@ class SpectralCodec(nnx.Module):
     def __init__(self, config: AudioTokenizerConfig, *, rngs: nnx.Rngs):
         self.config = config
         dim, grouped, causal = config.dim, config.dim * config.downsample, bool(config.causal)
+        self.past, self.overlap = Past(config.delay), Overlap(config.delay)
         self.enter = nnx.Linear(config.mels, dim, rngs=rngs)
         self.encoder = nnx.List([FrameBlock(dim, causal=causal, rngs=rngs) for _ in range(config.encoder_blocks)])
         self.down = nnx.Linear(grouped, config.chosen_quantizer.dim, rngs=rngs)
@@ -140,7 +143,8 @@ class SpectralCodec(nnx.Module):
         """Vectors to quantise, one a frame of codes; `samples` = frames * samples_per_frame."""
         config = self.config
         if config.causal:
-            spectrum = analysis(jnp.pad(audio, ((0, 0), (config.delay, 0))), config.window, config.hop)
+            audio = self.past(audio, _count(mask) * config.samples_per_frame)
+            spectrum = analysis(audio, config.window, config.hop)
         else:
             spectrum = stft(audio, config.window, config.hop)
         inner = jnp.repeat(mask, config.downsample, axis=1)[..., None]
@@ -155,12 +159,17 @@ class SpectralCodec(nnx.Module):
         """Sound of quantised vectors; `samples` = frames * samples_per_frame, 0 where the mask is.
 
         If causal, frames of zeros follow each clip, so that its last samples lie under as many windows as all others.
+        A stream brings these frames itself, and its samples are those from `delay` before the frames on.
         """
         config = self.config
         if not config.causal:
             inner = jnp.repeat(mask, config.downsample, axis=1)
             return istft(self.spectrum(vectors, mask), config.window, config.hop, inner)
-        frames = mask.sum(1)
+        frames = _count(mask)
+        if self.overlap.carried is not None:
+            spectrum = self.spectrum(vectors, mask) * jnp.repeat(mask, config.downsample, axis=1)[..., None]
+            sums = synthesis(spectrum, config.window, config.hop)
+            return self.overlap(sums, frames * config.samples_per_frame)
         closed = jnp.where(frames > 0, frames + config.closing_frames, 0)
         vectors = jnp.pad(vectors * mask[..., None], ((0, 0), (0, config.closing_frames), (0, 0)))
         inside = (jnp.arange(vectors.shape[1]) < closed[:, None]).astype(jnp.float32)
@@ -194,9 +203,12 @@ class SpectralCodec(nnx.Module):
     def decode(
         self, codes: Int[Array, "batch codebooks frames"], frames: Int[Array, " batch"]
     ) -> Float[Array, "batch samples"]:
-        """Sound of the first `frames` frames of codes, 0 after them."""
+        """Sound of the first `frames` frames of codes, 0 after them; codes -1 are the zeros that end a stream."""
         mask = (jnp.arange(codes.shape[-1]) < frames[:, None]).astype(jnp.float32)
-        return self.synthesize(self.quantizer.lookup(jnp.swapaxes(codes, 1, 2)), mask)
+        vectors = self.quantizer.lookup(jnp.swapaxes(codes, 1, 2))
+        if self.config.causal:
+            vectors = jnp.where(codes[:, 0, :, None] < 0, 0, vectors)
+        return self.synthesize(vectors, mask)
 
     def prepare(
         self, audio: Float[Array, "batch samples"], length: Int[Array, " batch"]
@@ -262,13 +274,16 @@ def _distances_at(result: Array, target: Array, present: Array, window: int, ban
     return mean(jnp.abs(mels[0] - mels[1])), mean(linear) * scale, mean(wave) * scale
 
 
-class AudioTokenizer(NetTokenizer):
+class AudioTokenizer(StreamingTokenizer):
     """Sound to codes and back."""
 
     type = "audio_spectral"
     modality = "audio"
     config_class = AudioTokenizerConfig
     net_class = SpectralCodec
+    encoding = ("past", "encoder")
+    decoding = ("decoder", "overlap")
+    channels = 1
 
     def __init__(self, config: AudioTokenizerConfig, net: SpectralCodec):
         super().__init__(config, net)
@@ -276,6 +291,7 @@ class AudioTokenizer(NetTokenizer):
         self.samples_per_frame = config.samples_per_frame
         self.codebook_sizes = config.chosen_quantizer.codebook_sizes
         self.codebooks = len(self.codebook_sizes)
+        self.delay, self.closing_frames = config.delay, config.closing_frames
         self._encode = jax.jit(lambda state, *args: nnx.merge(self.graphdef, state).encode(*args))
         self._decode = jax.jit(lambda state, *args: nnx.merge(self.graphdef, state).decode(*args))
 
@@ -310,12 +326,8 @@ class AudioTokenizer(NetTokenizer):
         Raises:
             OmniError: not codes of this tokenizer.
         """
-        codes = as_codes(codes, axes=("batch", "codebooks", "frames"), size=self.codebook_sizes[0])
-        batch, levels, frames = codes.ids.shape
-        if levels != self.codebooks or not batch or not frames:
-            raise OmniError(
-                f"codes must be [batch, {self.codebooks}, frames] and not empty, got {list(codes.ids.shape)}"
-            )
+        codes = self._checked_codes(codes)
+        batch, _, frames = codes.ids.shape
         step = self.samples_per_frame
         whole = np.full(batch, frames * step, np.int32)
         lengths = whole if codes.lengths is None else checked_lengths(codes.lengths, whole)
@@ -323,6 +335,39 @@ class AudioTokenizer(NetTokenizer):
         audio = self._in_chunks(self._decode, ids, -(-lengths // step))[:, : lengths.max()]
         audio[np.arange(audio.shape[1]) >= lengths[:, None]] = 0
         return np.clip(audio, -1, 1)[:, None]
+
+    @property
+    def obstacle(self) -> str | None:
+        return None if self.config.causal else "its frames see what comes after them"
+
+    @staticmethod
+    def _encode_step(net, audio, lengths, *, codebooks):
+        return net.encode(audio[:, 0], lengths)
+
+    @staticmethod
+    def _decode_step(net, ids, frames):
+        return jnp.clip(net.decode(ids, frames), -1, 1)[:, None]
+
+    def _checked_codebooks(self, number: int | None) -> int:
+        if number not in (None, self.codebooks):
+            raise OmniError(f"this tokenizer has {self.codebooks} codebooks, of which none can be left out")
+        return self.codebooks
+
+    def _checked_chunk(self, chunk) -> Float[np.ndarray, "1 samples"]:
+        return checked_audio(chunk[None]).mean(axis=1)
+
+    def _checked_codes(self, codes) -> Codes:
+        codes = as_codes(codes, axes=("batch", "codebooks", "frames"), size=self.codebook_sizes[0])
+        if codes.ids.shape[1] != self.codebooks or not codes.ids.size:
+            raise OmniError(
+                f"codes must be [batch, {self.codebooks}, frames] and not empty, got {list(codes.ids.shape)}"
+            )
+        return codes
+
+
+def _count(mask: Float[Array, "batch frames"]) -> Int[Array, " batch"]:
+    """Frames that a clip has."""
+    return mask.sum(1).astype(jnp.int32)
 
 
 def _bucket(frames: int) -> int:
