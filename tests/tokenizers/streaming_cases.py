@@ -56,6 +56,11 @@ CONFIGS = {
     "spectral": AudioTokenizerConfig(**SPECTRAL),
     "spectral six hops": AudioTokenizerConfig(**SPECTRAL | {"window": 48}),
 }
+RELEASED = {
+    "encodec": EncodecConfig(),
+    "mimi": MimiConfig(),
+    "spectral": AudioTokenizerConfig(sample_rate=24000, hop=240, window=960, dim=64, causal=True),
+}
 _TYPES = {EncodecConfig: EncodecTokenizer, MimiConfig: MimiTokenizer, AudioTokenizerConfig: AudioTokenizer}
 
 
@@ -98,10 +103,13 @@ def _fill_codebooks(net, audio) -> None:
 
 
 def _fill(levels, latents) -> None:
+    """Vectors of each level: latents that are left, blurred by half their spread."""
     residual = latents[0]
     for index, level in enumerate(levels):
         vectors = level.vectors if hasattr(level, "vectors") else level.sum
-        vectors[...] = residual[index :: len(residual) // len(vectors[...])][: len(vectors[...])]
+        pick, blur = jax.random.split(jax.random.key(index))
+        chosen = residual[jax.random.choice(pick, len(residual), vectors.shape[:1])]
+        vectors[...] = chosen + 0.5 * residual.std(0) * jax.random.normal(blur, vectors.shape)
         residual = residual - level.codebook()[nearest(residual, level.codebook())[0]]
 
 
