@@ -73,7 +73,7 @@ def tokenizer(name: str) -> StreamingTokenizer:
 def random_tokenizer(config) -> StreamingTokenizer:
     """A codec with noise in every parameter, so that no layer passes for being at its start."""
     kind = _TYPES[type(config)]
-    net = kind.net_class(config, rngs=nnx.Rngs(0))
+    net = nnx.jit(lambda: kind.net_class(config, rngs=nnx.Rngs(0)))()
     generator = np.random.default_rng(0)
 
     def noisy(x):

@@ -35,7 +35,7 @@ SIXFOLD = dataclasses.replace(TWICE, window=1440)
 @pytest.fixture(scope="module", params=[TWICE, SIXFOLD], ids=["two hops", "six hops"])
 def tokenizer(request) -> AudioTokenizer:
     """Random weights, and a codebook of latents, so that many codes are in use."""
-    net = SpectralCodec(request.param, rngs=nnx.Rngs(0))
+    net = nnx.jit(lambda: SpectralCodec(request.param, rngs=nnx.Rngs(0)))()
     batch = {"audio": noise(4, 9600), "length": jnp.full(4, 9600)}
     nnx.jit(lambda net: net.loss(batch, jax.random.key(0), training=True)[0])(net)
     return AudioTokenizer(request.param, net)
@@ -90,7 +90,7 @@ def test_padding_changes_nothing(tokenizer):
 
 def test_training_brings_reconstruction_nearer_and_reaches_every_parameter():
     """40 steps on four clips take a third off the mel distance, empty clips do no harm; every parameter moves."""
-    codec = SpectralCodec(TWICE, rngs=nnx.Rngs(0))
+    codec = nnx.jit(lambda: SpectralCodec(TWICE, rngs=nnx.Rngs(0)))()
     graphdef, params, rest = nnx.split(codec, nnx.Param, ...)
     batch = {"audio": jnp.array(noise(4, 9600)), "length": jnp.array([9600, 9000, 481, 0])}
     optimizer = optax.adam(5e-3)

@@ -115,8 +115,11 @@ class FrameBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch frames dim"], mask: Float[Array, "batch frames 1"]
     ) -> Float[Array, "batch frames dim"]:
-        normed = self.norm(x) * mask
-        padded = jnp.pad(normed, ((0, 0), (1, 1), (0, 0))) if self.past is None else self.past(normed, _count(mask[..., 0]))
+        padded = self.norm(x) * mask
+        if self.past is None:
+            padded = jnp.pad(padded, ((0, 0), (1, 1), (0, 0)))
+        else:
+            padded = self.past(padded, _count(mask[..., 0]))
         neighbours = jnp.concatenate([padded[:, i : i + x.shape[1]] for i in range(3)], axis=-1)
         return x + self.projection(nnx.gelu(self.convolution(neighbours)))
 

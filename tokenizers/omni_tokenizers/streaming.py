@@ -1,8 +1,8 @@
 """Streams: sound to codes and back a few frames at a time, in several rows that begin and end when they like.
 
 A step is one compiled function of fixed shape: it takes the next frames of every row that has enough of them, and the
-carried arrays of all rows (`omni_tokenizers.carried`), which it replaces. The host keeps back what does not fill a step,
-so that chunks may have any length. All chunks of a row together give what the whole sound would.
+carried arrays of all rows (`omni_tokenizers.carried`), which it replaces. The host keeps back what does not fill a
+step, so that pieces may have any length. All pieces of a row together give what the whole sound would.
 """
 
 from __future__ import annotations
