@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Complex, Float, Int
 
-from omni_tokenizers.base import NetTokenizer
+from omni_tokenizers.carried import Overlap, Past
 from omni_tokenizers.codes import Codes, as_codes
 from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.quantizers import (
@@ -22,7 +22,8 @@ from omni_tokenizers.quantizers import (
     check_replaced,
     make_quantizer,
 )
-from omni_tokenizers.spectral import istft, log_mel, magnitude, mel_filterbank, stft
+from omni_tokenizers.spectral import analysis, istft, log_mel, magnitude, mel_filterbank, stft, synthesis
+from omni_tokenizers.streaming import StreamingTokenizer
 from omni_tokenizers.waveform import checked_audio, checked_lengths
 
 
@@ -62,6 +63,8 @@ class AudioTokenizerConfig:
     """Weight of the difference of complex spectra, which alone sees the phase."""
     quantizer: LevelledQuantizerConfig | None = None
     """Another quantiser, in place of codebooks, codebook_size and code_dim; None = residual levels of these."""
+    causal: bool | None = None
+    """Whether a frame depends only on sound up to its end, so that the codec can stream; None = no."""
 
     def __post_init__(self):
         if self.hop < 1 or self.window % (2 * self.hop) or self.window < 2 * self.hop:
@@ -79,6 +82,16 @@ class AudioTokenizerConfig:
         return self.hop * self.downsample
 
     @property
+    def delay(self) -> int:
+        """Samples by which the sound of a causal codec lags behind its codes: frames that end later add to them."""
+        return self.window - self.hop
+
+    @property
+    def closing_frames(self) -> int:
+        """Frames after the last one of codes that a causal codec takes to complete its sound."""
+        return -(-self.delay // self.samples_per_frame)
+
+    @property
     def chosen_quantizer(self) -> LevelledQuantizerConfig:
         """The quantiser's configuration."""
         if self.quantizer is not None:
@@ -89,10 +102,12 @@ class AudioTokenizerConfig:
 class FrameBlock(nnx.Module):
     """Residual block over frames: RMS norm, convolution of width 3 as one matrix product, GELU, projection.
 
-    The convolution multiplies three neighbours laid side by side: twice the speed of XLA's convolution on a CPU.
+    The convolution multiplies three neighbours laid side by side: twice the speed of XLA's convolution on a CPU. They
+    are a frame with those before and after it, or with the two before it if `causal`.
     """
 
-    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+    def __init__(self, dim: int, *, causal: bool, rngs: nnx.Rngs):
+        self.past = Past(2, dim) if causal else nnx.data(None)
         self.norm = nnx.RMSNorm(dim, rngs=rngs)
         self.convolution = nnx.Linear(3 * dim, dim, rngs=rngs)
         self.projection = nnx.Linear(dim, dim, rngs=rngs)
@@ -100,7 +115,11 @@ class FrameBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch frames dim"], mask: Float[Array, "batch frames 1"]
     ) -> Float[Array, "batch frames dim"]:
-        padded = jnp.pad(self.norm(x) * mask, ((0, 0), (1, 1), (0, 0)))
+        padded = self.norm(x) * mask
+        if self.past is None:
+            padded = jnp.pad(padded, ((0, 0), (1, 1), (0, 0)))
+        else:
+            padded = self.past(padded, _count(mask[..., 0]))
         neighbours = jnp.concatenate([padded[:, i : i + x.shape[1]] for i in range(3)], axis=-1)
         return x + self.projection(nnx.gelu(self.convolution(neighbours)))
 
@@ -110,13 +129,14 @@ class SpectralCodec(nnx.Module):
 
     def __init__(self, config: AudioTokenizerConfig, *, rngs: nnx.Rngs):
         self.config = config
-        dim, grouped = config.dim, config.dim * config.downsample
+        dim, grouped, causal = config.dim, config.dim * config.downsample, bool(config.causal)
+        self.past, self.overlap = Past(config.delay), Overlap(config.delay)
         self.enter = nnx.Linear(config.mels, dim, rngs=rngs)
-        self.encoder = nnx.List([FrameBlock(dim, rngs=rngs) for _ in range(config.encoder_blocks)])
+        self.encoder = nnx.List([FrameBlock(dim, causal=causal, rngs=rngs) for _ in range(config.encoder_blocks)])
         self.down = nnx.Linear(grouped, config.chosen_quantizer.dim, rngs=rngs)
         self.quantizer = make_quantizer(config.chosen_quantizer, rngs=rngs)
         self.up = nnx.Linear(config.chosen_quantizer.dim, grouped, rngs=rngs)
-        self.decoder = nnx.List([FrameBlock(dim, rngs=rngs) for _ in range(config.decoder_blocks)])
+        self.decoder = nnx.List([FrameBlock(dim, causal=causal, rngs=rngs) for _ in range(config.decoder_blocks)])
         self.norm = nnx.RMSNorm(dim, rngs=rngs)
         self.head = nnx.Linear(dim, 3 * (config.window // 2 + 1), rngs=rngs)
 
@@ -125,9 +145,13 @@ class SpectralCodec(nnx.Module):
     ) -> Float[Array, "batch frames code_dim"]:
         """Vectors to quantise, one a frame of codes; `samples` = frames * samples_per_frame."""
         config = self.config
-        mel = log_mel(audio, config.sample_rate, config.window, config.hop, config.mels)
+        if config.causal:
+            audio = self.past(audio, _count(mask) * config.samples_per_frame)
+            spectrum = analysis(audio, config.window, config.hop)
+        else:
+            spectrum = stft(audio, config.window, config.hop)
         inner = jnp.repeat(mask, config.downsample, axis=1)[..., None]
-        x = self.enter(mel)
+        x = self.enter(log_mel(spectrum, config.sample_rate, config.mels))
         for block in self.encoder:
             x = block(x, inner)
         return self.down(x.reshape(*mask.shape, -1))
@@ -135,7 +159,31 @@ class SpectralCodec(nnx.Module):
     def synthesize(
         self, vectors: Float[Array, "batch frames code_dim"], mask: Float[Array, "batch frames"]
     ) -> Float[Array, "batch samples"]:
-        """Sound of quantised vectors; `samples` = frames * samples_per_frame, 0 where the mask is."""
+        """Sound of quantised vectors; `samples` = frames * samples_per_frame, 0 where the mask is.
+
+        If causal, frames of zeros follow each clip, so that its last samples lie under as many windows as all others.
+        A stream brings these frames itself, and its samples are those from `delay` before the frames on.
+        """
+        config = self.config
+        if not config.causal:
+            inner = jnp.repeat(mask, config.downsample, axis=1)
+            return istft(self.spectrum(vectors, mask), config.window, config.hop, inner)
+        frames = _count(mask)
+        if self.overlap.carried is not None:
+            spectrum = self.spectrum(vectors, mask) * jnp.repeat(mask, config.downsample, axis=1)[..., None]
+            sums = synthesis(spectrum, config.window, config.hop)
+            return self.overlap(sums, frames * config.samples_per_frame)
+        closed = jnp.where(frames > 0, frames + config.closing_frames, 0)
+        vectors = jnp.pad(vectors * mask[..., None], ((0, 0), (0, config.closing_frames), (0, 0)))
+        inside = (jnp.arange(vectors.shape[1]) < closed[:, None]).astype(jnp.float32)
+        sound = synthesis(self.spectrum(vectors, inside), config.window, config.hop)[:, config.delay :]
+        covered = jnp.repeat(mask, config.samples_per_frame, axis=1)
+        return sound[:, : covered.shape[1]] * covered
+
+    def spectrum(
+        self, vectors: Float[Array, "batch frames code_dim"], mask: Float[Array, "batch frames"]
+    ) -> Complex[Array, "batch frames*downsample bins"]:
+        """What the Fourier head makes of quantised vectors."""
         config = self.config
         inner = jnp.repeat(mask, config.downsample, axis=1)
         x = self.up(vectors).reshape(*inner.shape, config.dim)
@@ -145,7 +193,7 @@ class SpectralCodec(nnx.Module):
         # A full-scale constant reaches window / 2 under a Hann window: no bin of a sound within [-1, 1] is larger.
         size = jnp.exp(jnp.minimum(level, np.log(config.window / 2)))
         norm = jax.lax.rsqrt(jnp.square(cosine) + jnp.square(sine) + 1e-6)
-        return istft(size * jax.lax.complex(cosine * norm, sine * norm), config.window, config.hop, inner)
+        return size * jax.lax.complex(cosine * norm, sine * norm)
 
     def encode(
         self, audio: Float[Array, "batch samples"], length: Int[Array, " batch"]
@@ -158,9 +206,12 @@ class SpectralCodec(nnx.Module):
     def decode(
         self, codes: Int[Array, "batch codebooks frames"], frames: Int[Array, " batch"]
     ) -> Float[Array, "batch samples"]:
-        """Sound of the first `frames` frames of codes, 0 after them."""
+        """Sound of the first `frames` frames of codes, 0 after them; codes -1 are the zeros that end a stream."""
         mask = (jnp.arange(codes.shape[-1]) < frames[:, None]).astype(jnp.float32)
-        return self.synthesize(self.quantizer.lookup(jnp.swapaxes(codes, 1, 2)), mask)
+        vectors = self.quantizer.lookup(jnp.swapaxes(codes, 1, 2))
+        if self.config.causal:
+            vectors = jnp.where(codes[:, 0, :, None] < 0, 0, vectors)
+        return self.synthesize(vectors, mask)
 
     def prepare(
         self, audio: Float[Array, "batch samples"], length: Int[Array, " batch"]
@@ -226,13 +277,16 @@ def _distances_at(result: Array, target: Array, present: Array, window: int, ban
     return mean(jnp.abs(mels[0] - mels[1])), mean(linear) * scale, mean(wave) * scale
 
 
-class AudioTokenizer(NetTokenizer):
+class AudioTokenizer(StreamingTokenizer):
     """Sound to codes and back."""
 
     type = "audio_spectral"
     modality = "audio"
     config_class = AudioTokenizerConfig
     net_class = SpectralCodec
+    encoding = ("past", "encoder")
+    decoding = ("decoder", "overlap")
+    channels = 1
 
     def __init__(self, config: AudioTokenizerConfig, net: SpectralCodec):
         super().__init__(config, net)
@@ -240,6 +294,7 @@ class AudioTokenizer(NetTokenizer):
         self.samples_per_frame = config.samples_per_frame
         self.codebook_sizes = config.chosen_quantizer.codebook_sizes
         self.codebooks = len(self.codebook_sizes)
+        self.delay, self.closing_frames = config.delay, config.closing_frames
         self._encode = jax.jit(lambda state, *args: nnx.merge(self.graphdef, state).encode(*args))
         self._decode = jax.jit(lambda state, *args: nnx.merge(self.graphdef, state).decode(*args))
 
@@ -274,12 +329,8 @@ class AudioTokenizer(NetTokenizer):
         Raises:
             OmniError: not codes of this tokenizer.
         """
-        codes = as_codes(codes, axes=("batch", "codebooks", "frames"), size=self.codebook_sizes[0])
-        batch, levels, frames = codes.ids.shape
-        if levels != self.codebooks or not batch or not frames:
-            raise OmniError(
-                f"codes must be [batch, {self.codebooks}, frames] and not empty, got {list(codes.ids.shape)}"
-            )
+        codes = self._checked_codes(codes)
+        batch, _, frames = codes.ids.shape
         step = self.samples_per_frame
         whole = np.full(batch, frames * step, np.int32)
         lengths = whole if codes.lengths is None else checked_lengths(codes.lengths, whole)
@@ -287,6 +338,39 @@ class AudioTokenizer(NetTokenizer):
         audio = self._in_chunks(self._decode, ids, -(-lengths // step))[:, : lengths.max()]
         audio[np.arange(audio.shape[1]) >= lengths[:, None]] = 0
         return np.clip(audio, -1, 1)[:, None]
+
+    @property
+    def obstacle(self) -> str | None:
+        return None if self.config.causal else "its frames see what comes after them"
+
+    @staticmethod
+    def _encode_step(net, audio, lengths, *, codebooks):
+        return net.encode(audio[:, 0], lengths)
+
+    @staticmethod
+    def _decode_step(net, ids, frames):
+        return jnp.clip(net.decode(ids, frames), -1, 1)[:, None]
+
+    def _checked_codebooks(self, number: int | None) -> int:
+        if number not in (None, self.codebooks):
+            raise OmniError(f"this tokenizer has {self.codebooks} codebooks, of which none can be left out")
+        return self.codebooks
+
+    def _checked_chunk(self, chunk) -> Float[np.ndarray, "1 samples"]:
+        return checked_audio(chunk[None]).mean(axis=1)
+
+    def _checked_codes(self, codes) -> Codes:
+        codes = as_codes(codes, axes=("batch", "codebooks", "frames"), size=self.codebook_sizes[0])
+        if codes.ids.shape[1] != self.codebooks or not codes.ids.size:
+            raise OmniError(
+                f"codes must be [batch, {self.codebooks}, frames] and not empty, got {list(codes.ids.shape)}"
+            )
+        return codes
+
+
+def _count(mask: Float[Array, "batch frames"]) -> Int[Array, " batch"]:
+    """Frames that a clip has."""
+    return mask.sum(1).astype(jnp.int32)
 
 
 def _bucket(frames: int) -> int:

@@ -61,6 +61,14 @@ class Tokenizer(abc.ABC):
     def decode(self, codes) -> Any:
         """Data of codes (Codes or a bare integer array)."""
 
+    def stream(self, rows: int = 1, **settings) -> Any:
+        """What encodes and decodes by pieces, as `omni_tokenizers.streaming` describes it.
+
+        Raises:
+            OmniError: where codes do not follow the data in time.
+        """
+        raise OmniError(f"a tokenizer of type {self.type} cannot stream; causal tokenizers of sound can")
+
     @abc.abstractmethod
     def save(self, directory: epath.PathLike) -> None:
         """Writes the tokenizer's directory."""

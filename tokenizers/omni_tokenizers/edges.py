@@ -4,7 +4,7 @@ Everywhere `lengths` are the frames that each clip has at a layer's input; the r
 changes nothing. An array's length is a multiple of every stride on its way, so that shapes follow from it alone.
 
 A causal convolution with reach r and stride s reads r - s frames to the left of what is new, and a transposed one
-leaves an overlap of width - s: what a stream has to carry. Only here are edges padded.
+leaves an overlap of width - s: what a stream carries. Only here are edges padded.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from omni_tokenizers.carried import Carried, Carrier, Overlap, latest
 from omni_tokenizers.layers import Conv1d, ConvTranspose1d
 
 Padding = Literal["constant", "reflect", "replicate"]
 PADDINGS = ("constant", "reflect", "replicate")
 
 
-class PaddedConv1d(Conv1d):
+class PaddedConv1d(Carrier, Conv1d):
     """A convolution that gives ceil(n / stride) frames for n: padded on both sides, or on the left alone if `causal`.
 
     Of the reach - stride frames of padding the left has the larger half; the right has what completes a stride besides
@@ -48,7 +49,13 @@ class PaddedConv1d(Conv1d):
         self.right = 0 if causal else total // 2
         self.left = total - self.right
         self.padding = padding
+        self.past, self.begun = nnx.data(None), nnx.data(None)
         self.norm = TimeGroupNorm(outputs, rngs=rngs) if group_norm else None
+
+    def start_stream(self, rows: int) -> None:
+        if self.left:
+            self.past = Carried(jnp.zeros((rows, self.left, self.kernel.shape[1])))
+            self.begun = Carried(jnp.zeros(rows, bool))
 
     def frames(self, lengths: Int[Array, " batch"]) -> Int[Array, " batch"]:
         """Frames that come out where `lengths` go in."""
@@ -57,7 +64,14 @@ class PaddedConv1d(Conv1d):
     def __call__(
         self, x: Float[Array, "batch time inputs"], lengths: Int[Array, " batch"]
     ) -> Float[Array, "batch frames outputs"]:
-        y = super().__call__(padded(x, lengths, self.left, self.right, self.stride, self.padding))
+        whole = padded(x, lengths, self.left, self.right, self.stride, self.padding)
+        if self.past is not None:
+            # What precedes a clip can be a reflection of its first frames, so it is made where a row begins.
+            further = continued(self.past[...], x, lengths, self.stride, self.padding)
+            whole = jnp.where(self.begun[...][:, None, None], further, whole)
+            self.past[...] = latest(whole, lengths, self.left)
+            self.begun[...] = self.begun[...] | (lengths > 0)
+        y = super().__call__(whole)
         return y if self.norm is None else self.norm(y, self.frames(lengths))
 
 
@@ -82,12 +96,17 @@ class TrimmedConvTranspose1d(ConvTranspose1d):
     ):
         super().__init__(inputs, outputs, width, stride=stride, groups=groups, use_bias=use_bias, rngs=rngs)
         self.overhang = width - stride
+        self.overlap = Overlap(self.overhang, outputs)
         self.left = 0 if causal else self.overhang - self.overhang // 2
         self.norm = TimeGroupNorm(outputs, rngs=rngs) if group_norm else None
 
     def __call__(
         self, x: Float[Array, "batch frames inputs"], lengths: Int[Array, " batch"]
     ) -> Float[Array, "batch time outputs"]:
+        if self.overlap.carried is not None:
+            # The bias is added to whole sums only.
+            y = self.overlap(self.without_bias(silenced(x, lengths)), lengths * self.stride)
+            return y if self.bias is None else y + self.bias[...]
         y = super().__call__(silenced(x, lengths))
         if self.norm is not None:
             y = self.norm(y, lengths * self.stride + self.overhang)
@@ -148,3 +167,23 @@ def padded(
     after = jnp.take_along_axis(x, jnp.maximum(source, 0)[..., None], 1, mode="fill", fill_value=0)
     target = left + target + jnp.arange(reach)
     return whole.at[jnp.arange(len(x))[:, None], target].set(after, mode="drop")
+
+
+def continued(
+    past: Float[Array, "batch left channels"],
+    x: Float[Array, "batch time channels"],
+    lengths: Int[Array, " batch"],
+    stride: int,
+    padding: Padding,
+) -> Float[Array, "batch padded channels"]:
+    """`x` with what came before it, and with what completes a stride after each clip's own end: `padded`, further on.
+
+    A reflection may reach into the past, which is no shorter than stride - 1.
+    """
+    whole = jnp.concatenate([past, silenced(x, lengths)], 1)
+    if padding == "constant" or stride == 1:
+        return whole
+    end, places = past.shape[1] + lengths[:, None], jnp.arange(stride - 1)
+    source = end - 2 - places if padding == "reflect" else end - 1 + 0 * places
+    after = jnp.take_along_axis(whole, source[..., None], 1)
+    return whole.at[jnp.arange(len(x))[:, None], end + places].set(after, mode="drop")

@@ -128,6 +128,25 @@ class EncodecTokenizer(WaveformTokenizer):
     config_class = EncodecConfig
     net_class = EncodecNet
 
+    def __init__(self, config: EncodecConfig, net: EncodecNet):
+        super().__init__(config, net)
+        self.first_frames = config.first_latents
+
+    @property
+    def obstacle(self) -> str | None:
+        config = self.config
+        if config.causal and (config.normalize or config.chunk or config.group_norm):
+            return "it normalises over whole clips or chunks"
+        return None if config.causal else super().obstacle
+
+    @staticmethod
+    def _encode_step(net, audio, lengths, *, codebooks):
+        return net.encode(audio.swapaxes(1, 2), lengths, codebooks)[0]
+
+    @staticmethod
+    def _decode_step(net, ids, frames):
+        return net.decode(ids, frames, jnp.ones(len(ids))).swapaxes(1, 2)
+
     @property
     def code_vectors(self) -> tuple[Float[np.ndarray, "codes code_dim"], ...]:
         """The vectors of each level's codes, float32."""

@@ -142,8 +142,8 @@ class MimiNet(nnx.Module):
         self, audio: Float[Array, "batch samples channels"], lengths: Int[Array, " batch"], codebooks: int
     ) -> Int[Array, "batch codebooks frames"]:
         """Codes of the first `codebooks` levels, of which the semantic ones are the first."""
-        latents = self.encoder_transformer(self.encoder(silenced(audio, lengths), lengths))
-        latents = self.down(latents, -(-lengths // self.config.hop))
+        latents, lengths = self.encoder(silenced(audio, lengths), lengths), -(-lengths // self.config.hop)
+        latents = self.down(self.encoder_transformer(latents, lengths), lengths)
         semantic = self.config.semantic_codebooks
         codes = self.semantic.encode(latents, semantic)
         if codebooks == semantic:
@@ -158,8 +158,8 @@ class MimiNet(nnx.Module):
         latents = self.semantic.lookup(semantic)
         if acoustic.shape[1]:
             latents = latents + self.acoustic.lookup(acoustic)
-        latents = self.decoder_transformer(self.up(latents, frames))
-        return self.decoder(latents, frames * self.config.downsampling)
+        latents, lengths = self.up(latents, frames), frames * self.config.downsampling
+        return self.decoder(self.decoder_transformer(latents, lengths), lengths)
 
 
 class MimiTokenizer(WaveformTokenizer):
@@ -168,10 +168,17 @@ class MimiTokenizer(WaveformTokenizer):
     type = "mimi"
     config_class = MimiConfig
     net_class = MimiNet
+    encoding = ("encoder", "encoder_transformer", "down")
+    decoding = ("up", "decoder_transformer", "decoder")
 
     def __init__(self, config: MimiConfig, net: MimiNet):
         super().__init__(config, net)
         self.fewest_codebooks = config.semantic_codebooks
+        self.first_frames = -(-config.first_latents // config.downsampling)
+
+    @property
+    def obstacle(self) -> str | None:
+        return None if self.config.causal and not self.config.group_norm else super().obstacle
 
     @property
     def code_vectors(self) -> tuple[Float[np.ndarray, "codes code_dim"], ...]:

@@ -80,6 +80,14 @@ class SEANetConfig:
         return tuple(self.filters << stage for stage in range(len(self.strides) + 1))
 
     @property
+    def first_latents(self) -> int:
+        """Latents that a stream begins with: a clip's reflection at its start mirrors as many frames as it adds."""
+        if self.padding != "reflect":
+            return 1
+        dilated = (self.residual_width - 1) * max(self.dilations, default=0) + 1
+        return max(self.width, self.last_width, 2, -(-dilated // self.strides[-1]))
+
+    @property
     def dilations(self) -> tuple[int, ...]:
         """Dilation of each residual unit of a stage."""
         return tuple(self.dilation_growth**unit for unit in range(self.residual_layers))
@@ -158,7 +166,7 @@ class SEANetEncoder(nnx.Module):
         for stage in self.stages:
             x, lengths = stage(x, lengths)
         if self.memory is not None:
-            x = x + self.memory(x)
+            x = x + self.memory(x, lengths)
         return self.leave(nnx.elu(x), lengths)
 
 
@@ -178,7 +186,7 @@ class SEANetDecoder(nnx.Module):
     ) -> Float[Array, "batch samples channels"]:
         x = self.enter(x, lengths)
         if self.memory is not None:
-            x = x + self.memory(x)
+            x = x + self.memory(x, lengths)
         for stage in self.stages:
             x, lengths = stage(x, lengths)
         return self.leave(nnx.elu(x), lengths)

@@ -3,6 +3,7 @@
 `stft` and `istft` use "same" framing, as Vocos does (Siuzdak 2023, arXiv:2306.00814): `samples`, a multiple of `hop`,
 give `samples / hop` frames, frame `t` being centred on sample `(t + 1/2) hop`. Frames are cut by reshapes, not gathers,
 and transformed with `jnp.fft`: on a CPU a gather takes twice as long, a product with the Fourier matrix several times.
+`analysis` and `synthesis` are the same transforms for signals that go on at both ends.
 """
 
 import jax.numpy as jnp
@@ -46,8 +47,12 @@ def stft(audio: Float[Array, "*batch samples"], length: int, hop: int) -> Comple
     if audio.shape[-1] % hop or (length - hop) % 2:
         raise ValueError(f"{audio.shape[-1]} samples with a window of {length} do not make whole hops of {hop}")
     edge = (length - hop) // 2
-    padded = jnp.pad(audio, [(0, 0)] * (audio.ndim - 1) + [(edge, edge)])
-    return jnp.fft.rfft(frame(padded, length, hop) * hann(length), axis=-1)
+    return analysis(jnp.pad(audio, [(0, 0)] * (audio.ndim - 1) + [(edge, edge)]), length, hop)
+
+
+def analysis(audio: Float[Array, "*batch samples"], length: int, hop: int) -> Complex[Array, "*batch frames bins"]:
+    """Fourier transform of the Hann-windowed frames that `frame` cuts, with nothing around the signal."""
+    return jnp.fft.rfft(frame(audio, length, hop) * hann(length), axis=-1)
 
 
 def istft(
@@ -70,6 +75,18 @@ def istft(
     inner = slice(edge, edge + spectrum.shape[-2] * hop)
     # A covered sample lies under the middle of its own frame: with hops up to length / 2 the envelope is at least 1/4.
     return overlap_add(frames, hop)[..., inner] / jnp.maximum(envelope[..., inner], 1e-3) * covered
+
+
+def synthesis(spectrum: Complex[Array, "*batch frames bins"], length: int, hop: int) -> Float[Array, "*batch samples"]:
+    """Least-squares inverse of `analysis` (Griffin and Lim 1984, equation 6) within a longer signal.
+
+    Of its (frames - 1) * hop + length samples, the length - hop at each end are the part that these frames have in
+    them: what frames before and after would give is to be added.
+    """
+    window = hann(length)
+    added = overlap_add(jnp.fft.irfft(spectrum, n=length, axis=-1) * window, hop)
+    envelope = np.square(window).reshape(-1, hop).sum(0)
+    return (added.reshape(*added.shape[:-1], -1, hop) / envelope).reshape(added.shape)
 
 
 def magnitude(spectrum: Complex[Array, "*shape"], floor: float = 1e-5) -> Float[Array, "*shape"]:
@@ -105,8 +122,8 @@ def mel_filterbank(sample_rate: int, length: int, mels: int) -> Float[np.ndarray
 
 
 def log_mel(
-    audio: Float[Array, "*batch samples"], sample_rate: int, length: int, hop: int, mels: int, floor: float = 1e-5
+    spectrum: Complex[Array, "*batch frames bins"], sample_rate: int, mels: int, floor: float = 1e-5
 ) -> Float[Array, "*batch frames mels"]:
-    """Natural logarithm of the mel-filtered magnitudes of `stft`, clamped below at `floor`."""
-    mel = magnitude(stft(audio, length, hop)) @ mel_filterbank(sample_rate, length, mels)
+    """Natural logarithm of the mel-filtered magnitudes of a spectrum, clamped below at `floor`."""
+    mel = magnitude(spectrum) @ mel_filterbank(sample_rate, 2 * (spectrum.shape[-1] - 1), mels)
     return jnp.log(jnp.maximum(mel, floor))

@@ -11,12 +11,14 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
+
+from omni_tokenizers.carried import Carried, Carrier, Past
 
 _PRECISION = jax.lax.Precision.HIGHEST
 
 
-class CausalTransformer(nnx.Module):
+class CausalTransformer(Carrier, nnx.Module):
     """Layers of attention and MLP, each normalised before and scaled after; no normalisation at the end."""
 
     def __init__(
@@ -33,6 +35,7 @@ class CausalTransformer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.head_dim, self.rope_theta = head_dim, rope_theta
+        self.position = nnx.data(None)
         self.layers = nnx.List(
             [
                 TransformerLayer(dim, heads, head_dim, mlp_dim, window=window, norm_epsilon=norm_epsilon, rngs=rngs)
@@ -40,10 +43,20 @@ class CausalTransformer(nnx.Module):
             ]
         )
 
-    def __call__(self, x: Float[Array, "batch time dim"]) -> Float[Array, "batch time dim"]:
-        rotation = rotary(jnp.arange(x.shape[1]), self.head_dim, self.rope_theta)
+    def start_stream(self, rows: int) -> None:
+        self.position = Carried(jnp.zeros(rows, jnp.int32))
+
+    def __call__(
+        self, x: Float[Array, "batch time dim"], lengths: Int[Array, " batch"]
+    ) -> Float[Array, "batch time dim"]:
+        """Each position's output; a stream goes on from the position after `lengths` of them."""
+        positions = jnp.arange(x.shape[1])
+        if self.position is not None:
+            positions = self.position[...][:, None] + positions
+            self.position[...] = self.position[...] + lengths
+        rotation = rotary(positions, self.head_dim, self.rope_theta)
         for layer in self.layers:
-            x = layer(x, rotation)
+            x = layer(x, rotation, positions, lengths)
         return x
 
 
@@ -56,6 +69,7 @@ class TransformerLayer(nnx.Module):
         linear = functools.partial(nnx.Linear, use_bias=False, precision=_PRECISION, rngs=rngs)
         norm = functools.partial(nnx.LayerNorm, dim, epsilon=norm_epsilon, use_fast_variance=False, rngs=rngs)
         self.heads, self.window = heads, window
+        self.past_keys, self.past_values = (Past(window - 1, heads, head_dim) for _ in range(2))
         self.attention_norm, self.mlp_norm = norm(), norm()
         self.query, self.key, self.value = (linear(dim, heads * head_dim) for _ in range(3))
         self.output = linear(heads * head_dim, dim)
@@ -63,22 +77,31 @@ class TransformerLayer(nnx.Module):
         self.attention_scale, self.mlp_scale = (nnx.Param(jnp.full(dim, 0.01)) for _ in range(2))
 
     def __call__(
-        self, x: Float[Array, "batch time dim"], rotation: tuple[Array, Array]
+        self,
+        x: Float[Array, "batch time dim"],
+        rotation: tuple[Array, Array],
+        positions: Int[Array, "*batch time"],
+        lengths: Int[Array, " batch"],
     ) -> Float[Array, "batch time dim"]:
         inner = self.attention_norm(x)
         query, key, value = (
             linear(inner).reshape(*x.shape[:2], self.heads, -1) for linear in (self.query, self.key, self.value)
         )
-        mixed = windowed_attention(rotated(query, rotation), rotated(key, rotation), value, self.window)
+        query, key = rotated(query, rotation), rotated(key, rotation)
+        if self.past_keys.carried is None:
+            mixed = windowed_attention(query, key, value, self.window)
+        else:
+            key, value = self.past_keys(key, lengths), self.past_values(value, lengths)
+            mixed = attended(query, key, value, _seen(positions, self.window))
         x = x + self.attention_scale[...] * self.output(mixed.reshape(*x.shape[:2], -1))
         inner = nnx.gelu(self.mlp_in(self.mlp_norm(x)), approximate=False)
         return x + self.mlp_scale[...] * self.mlp_out(inner)
 
 
-def rotary(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Cosines and sines [time, 1, head_dim / 2] by which positions turn pairs of values."""
+def rotary(positions: Int[Array, "*batch time"], head_dim: int, theta: float) -> tuple[Array, Array]:
+    """Cosines and sines [*batch, time, 1, head_dim / 2] by which positions turn pairs of values."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
-    angles = positions[:, None, None] * frequencies
+    angles = positions[..., None, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -113,7 +136,24 @@ def windowed_attention(
     distance = size + jnp.arange(size)[:, None] - jnp.arange(2 * size)
     near = (distance >= 0) & (distance < window)
     present = (jnp.arange(blocks)[:, None] > 0) | (jnp.arange(2 * size) >= size)
-    scores = jnp.einsum("bnqhd,bnkhd->bnhqk", query, key, precision=_PRECISION) / dim**0.5
-    scores = jnp.where(near & present[:, None, None], scores, -jnp.inf)
-    mixed = jnp.einsum("bnhqk,bnkhd->bnqhd", jax.nn.softmax(scores, -1), value, precision=_PRECISION)
+    mixed = attended(query, key, value, near & present[:, None])
     return mixed.reshape(batch, blocks * size, heads, dim)[:, :time]
+
+
+def attended(
+    query: Float[Array, "*batch queries heads dim"],
+    key: Float[Array, "*batch keys heads dim"],
+    value: Float[Array, "*batch keys heads dim"],
+    seen: Bool[Array, "*#batch queries keys"],
+) -> Float[Array, "*batch queries heads dim"]:
+    """Attention of each query to the keys that it sees, at least one."""
+    scores = jnp.einsum("...qhd,...khd->...hqk", query, key, precision=_PRECISION) / query.shape[-1] ** 0.5
+    scores = jnp.where(seen[..., None, :, :], scores, -jnp.inf)
+    return jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(scores, -1), value, precision=_PRECISION)
+
+
+def _seen(positions: Int[Array, "batch time"], window: int) -> Bool[Array, "batch time keys"]:
+    """Which keys, of the window - 1 positions before and the new ones, each new position attends to."""
+    keys = positions[:, :1] - (window - 1) + jnp.arange(window - 1 + positions.shape[1])
+    distance = positions[..., None] - keys[:, None]
+    return (distance >= 0) & (distance < window) & (keys[:, None] >= 0)

@@ -10,14 +10,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
-from omni_tokenizers.base import NetTokenizer
 from omni_tokenizers.codes import Codes, as_codes
 from omni_tokenizers.errors import OmniError
+from omni_tokenizers.streaming import StreamingTokenizer
 
 _SAMPLES = 1 << 20  # that go through a net together: some 100 MB in each of its widest layers
 
 
-class WaveformTokenizer(NetTokenizer):
+class WaveformTokenizer(StreamingTokenizer):
     """Sound [batch, channels, samples] to codes [batch, codebooks, frames] and back.
 
     The configuration has sample_rate, channels, codebooks, codebook_size and samples_per_frame; the net has
@@ -79,6 +79,18 @@ class WaveformTokenizer(NetTokenizer):
         audio = self._decode_rows(codes.ids, -(-lengths // self.samples_per_frame))
         return np.ascontiguousarray(_zero_after(audio[:, : lengths.max()].swapaxes(1, 2), lengths))
 
+    @property
+    def obstacle(self) -> str | None:
+        return "its frames see what comes after them"
+
+    @staticmethod
+    def _encode_step(net, audio, lengths, *, codebooks):
+        return net.encode(audio.swapaxes(1, 2), lengths, codebooks)
+
+    @staticmethod
+    def _decode_step(net, ids, frames):
+        return net.decode(ids, frames).swapaxes(1, 2)
+
     def _encode_rows(self, audio: Float[np.ndarray, "rows samples channels"], lengths, codebooks: int) -> Any:
         """What the net's encode gives for rows of sound, over the frames of their bucket."""
         samples = bucket(-(-int(lengths.max()) // self.samples_per_frame)) * self.samples_per_frame
@@ -105,6 +117,9 @@ class WaveformTokenizer(NetTokenizer):
         present = np.full(len(x), x.shape[2], np.int32)
         lengths = present if lengths is None else checked_lengths(lengths, present)
         return x.swapaxes(1, 2)[:, : lengths.max()], lengths
+
+    def _checked_chunk(self, chunk) -> Float[np.ndarray, "channels samples"]:
+        return self._checked_audio(chunk[None], None)[0][0].T
 
     def _checked_codebooks(self, number: int | None) -> int:
         number = self.codebooks if number is None else number

@@ -1,0 +1,120 @@
+"""Small codecs that stream, with every parameter random, and sound for them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from omni_tokenizers.audio import AudioTokenizer, AudioTokenizerConfig, SpectralCodec
+from omni_tokenizers.encodec import EncodecConfig, EncodecNet, EncodecTokenizer
+from omni_tokenizers.mimi import MimiConfig, MimiTokenizer
+from omni_tokenizers.quantizers import nearest
+from omni_tokenizers.streaming import StreamingTokenizer
+
+ENCODEC = {
+    "sample_rate": 2400,
+    "filters": 4,
+    "dim": 8,
+    "strides": (2, 3),
+    "lstm_layers": 1,
+    "codebook_size": 16,
+    "bandwidths": (4.8,),
+}
+MIMI = {
+    "sample_rate": 2400,
+    "filters": 4,
+    "dim": 8,
+    "strides": (3,),
+    "transformer_layers": 1,
+    "heads": 2,
+    "head_dim": 4,
+    "mlp_dim": 12,
+    "window": 5,
+    "codebooks": 4,
+    "codebook_size": 16,
+    "code_dim": 4,
+}
+SPECTRAL = {
+    "sample_rate": 2400,
+    "hop": 8,
+    "window": 16,
+    "mels": 8,
+    "dim": 12,
+    "encoder_blocks": 1,
+    "decoder_blocks": 1,
+    "codebook_size": 16,
+    "code_dim": 4,
+    "causal": True,
+}
+CONFIGS = {
+    "encodec": EncodecConfig(**ENCODEC),
+    "encodec replicate": EncodecConfig(**ENCODEC | {"padding": "replicate", "conv_shortcut": False}),
+    "mimi": MimiConfig(**MIMI),
+    "mimi reflect": MimiConfig(**MIMI | {"padding": "reflect", "semantic_codebooks": 2, "window": 1}),
+    "spectral": AudioTokenizerConfig(**SPECTRAL),
+    "spectral six hops": AudioTokenizerConfig(**SPECTRAL | {"window": 48}),
+}
+RELEASED = {
+    "encodec": EncodecConfig(),
+    "mimi": MimiConfig(),
+    "spectral": AudioTokenizerConfig(sample_rate=24000, hop=240, window=960, dim=64, causal=True),
+}
+_TYPES = {EncodecConfig: EncodecTokenizer, MimiConfig: MimiTokenizer, AudioTokenizerConfig: AudioTokenizer}
+
+
+@functools.cache
+def tokenizer(name: str) -> StreamingTokenizer:
+    """The codec called `name`."""
+    return random_tokenizer(CONFIGS[name])
+
+
+def random_tokenizer(config) -> StreamingTokenizer:
+    """A codec with noise in every parameter, so that no layer passes for being at its start."""
+    kind = _TYPES[type(config)]
+    net = nnx.jit(lambda: kind.net_class(config, rngs=nnx.Rngs(0)))()
+    generator = np.random.default_rng(0)
+
+    def noisy(x):
+        scale = 1 / np.sqrt(x.shape[0] * x.shape[1]) if x.ndim == 3 else 1 / np.sqrt(x.shape[0]) if x.ndim == 2 else 0.3
+        return x * (x.ndim == 1) + generator.normal(size=x.shape).astype(np.float32) * 1.3 * scale
+
+    graphdef, parameters, rest = nnx.split(net, nnx.Param, ...)
+    net = nnx.merge(graphdef, jax.tree.map(noisy, parameters), rest)
+    nnx.jit(_fill_codebooks)(net, noise(120 * config.samples_per_frame))
+    return kind(config, net)
+
+
+def _fill_codebooks(net, audio) -> None:
+    """Codes become latents of some sound, so that many are in use."""
+    lengths = jnp.array([audio.shape[1]])
+    if isinstance(net, SpectralCodec):
+        _fill(net.quantizer.levels, net.latents(*net.prepare(audio, lengths)))
+        return
+    latents = net.encoder(audio[..., None], lengths)
+    if isinstance(net, EncodecNet):
+        _fill(net.quantizer.levels, latents)
+        return
+    lengths = -(-lengths // net.config.hop)
+    latents = net.down(net.encoder_transformer(latents, lengths), lengths)
+    for branch in (net.semantic, net.acoustic):
+        _fill(branch.levels, branch.enter(latents))
+
+
+def _fill(levels, latents) -> None:
+    """Vectors of each level: latents that are left, blurred by half their spread."""
+    residual = latents[0]
+    for index, level in enumerate(levels):
+        vectors = level.vectors if hasattr(level, "vectors") else level.sum
+        pick, blur = jax.random.split(jax.random.key(index))
+        chosen = residual[jax.random.choice(pick, len(residual), vectors.shape[:1])]
+        vectors[...] = chosen + 0.5 * residual.std(0) * jax.random.normal(blur, vectors.shape)
+        residual = residual - level.codebook()[nearest(residual, level.codebook())[0]]
+
+
+def noise(samples: int, seed: int = 0) -> np.ndarray:
+    """Noise whose loudness changes all the time: float32 [1, samples] within [-1, 1]."""
+    generator = np.random.default_rng(seed)
+    loudness = np.abs(np.sin(np.arange(samples) / 70 + seed))
+    return (np.clip(generator.normal(size=(1, samples)) * 0.4, -1, 1) * loudness).astype(np.float32)
