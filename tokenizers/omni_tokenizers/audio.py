@@ -15,16 +15,18 @@ from jaxtyping import Array, Complex, Float, Int
 from omni_tokenizers.carried import Overlap, Past
 from omni_tokenizers.codes import Codes, as_codes
 from omni_tokenizers.errors import OmniError, UsageError
+from omni_tokenizers.losses.audio import AudioLosses
 from omni_tokenizers.quantizers import (
     LevelledQuantizerConfig,
+    Quantized,
     ResidualQuantizerConfig,
     VectorQuantizerConfig,
     check_replaced,
     make_quantizer,
 )
-from omni_tokenizers.spectral import analysis, istft, log_mel, magnitude, mel_filterbank, stft, synthesis
+from omni_tokenizers.spectral import analysis, istft, log_mel, stft, synthesis
 from omni_tokenizers.streaming import StreamingTokenizer
-from omni_tokenizers.waveform import checked_audio, checked_lengths
+from omni_tokenizers.waveform import checked_audio, checked_lengths, whole_frames
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,7 @@ class AudioTokenizerConfig:
         if min(self.downsample, self.codebooks, self.dim, self.mels, self.sample_rate) < 1:
             raise UsageError("sample_rate, mels, dim, downsample and codebooks must be at least 1")
         _ = self.chosen_quantizer  # checks its own settings
-        if len(self.loss_windows) != len(self.loss_mels) or any(window % 8 for window in self.loss_windows):
-            raise UsageError("loss_windows (multiples of 8) and loss_mels must have one value for each scale")
+        _ = self.losses  # so do they
 
     @property
     def samples_per_frame(self) -> int:
@@ -90,6 +91,13 @@ class AudioTokenizerConfig:
     def closing_frames(self) -> int:
         """Frames after the last one of codes that a causal codec takes to complete its sound."""
         return -(-self.delay // self.samples_per_frame)
+
+    @property
+    def losses(self) -> AudioLosses:
+        """What a training has where it names no others."""
+        return AudioLosses(
+            self.loss_windows, self.loss_mels, magnitude=self.magnitude_weight, complex=self.complex_weight
+        )
 
     @property
     def chosen_quantizer(self) -> LevelledQuantizerConfig:
@@ -127,6 +135,9 @@ class FrameBlock(nnx.Module):
 class SpectralCodec(nnx.Module):
     """The codec's network. Frames past a clip's end are masked in every block, so padding changes nothing."""
 
+    last_layer = ("head",)
+    """Path of the layer that makes spectra."""
+
     def __init__(self, config: AudioTokenizerConfig, *, rngs: nnx.Rngs):
         self.config = config
         dim, grouped, causal = config.dim, config.dim * config.downsample, bool(config.causal)
@@ -151,7 +162,9 @@ class SpectralCodec(nnx.Module):
         else:
             spectrum = stft(audio, config.window, config.hop)
         inner = jnp.repeat(mask, config.downsample, axis=1)[..., None]
-        x = self.enter(log_mel(spectrum, config.sample_rate, config.mels))
+        mel = log_mel(spectrum, config.sample_rate, config.mels)
+        x = self.enter(mel.astype(self.enter.kernel.dtype))
+        inner = inner.astype(x.dtype)
         for block in self.encoder:
             x = block(x, inner)
         return self.down(x.reshape(*mask.shape, -1))
@@ -188,8 +201,8 @@ class SpectralCodec(nnx.Module):
         inner = jnp.repeat(mask, config.downsample, axis=1)
         x = self.up(vectors).reshape(*inner.shape, config.dim)
         for block in self.decoder:
-            x = block(x, inner[..., None])
-        level, cosine, sine = jnp.split(self.head(self.norm(x)), 3, axis=-1)
+            x = block(x, inner[..., None].astype(x.dtype))
+        level, cosine, sine = jnp.split(self.head(self.norm(x)).astype(jnp.float32), 3, axis=-1)
         # A full-scale constant reaches window / 2 under a Hann window: no bin of a sound within [-1, 1] is larger.
         size = jnp.exp(jnp.minimum(level, np.log(config.window / 2)))
         norm = jax.lax.rsqrt(jnp.square(cosine) + jnp.square(sine) + 1e-6)
@@ -216,65 +229,17 @@ class SpectralCodec(nnx.Module):
     def prepare(
         self, audio: Float[Array, "batch samples"], length: Int[Array, " batch"]
     ) -> tuple[Float[Array, "batch padded"], Float[Array, "batch frames"]]:
-        """Audio in whole frames, silenced past each clip's end, and the mask of the frames that a clip has."""
-        step = self.config.samples_per_frame
-        audio = jnp.where(jnp.arange(audio.shape[1]) < length[:, None], audio, 0)
-        audio = jnp.pad(audio, ((0, 0), (0, -audio.shape[1] % step)))
-        starts = jnp.arange(audio.shape[1] // step) * step
-        return audio, (starts < length[:, None]).astype(jnp.float32)
+        """As `whole_frames`."""
+        return whole_frames(audio, length, self.config.samples_per_frame)
 
-    def loss(self, batch: dict[str, Array], key: Array, *, training: bool) -> tuple[Array, Array, dict]:
-        """Training loss summed over clips, its weight (clips that are not empty), and metrics name -> (total, weight).
-
-        `batch`: "audio" float32 [batch, samples] within [-1, 1], "length" int32 [batch] in samples. Frames past a
-        clip's last frame of codes count in no term and no codebook statistic. Each term is a mean over a clip's frames.
-        """
-        config = self.config
-        audio, mask = self.prepare(batch["audio"], batch["length"])
+    def autoencode(
+        self, audio: Float[Array, "batch samples"], length: Int[Array, " batch"], key: Array | None, *, training: bool
+    ) -> tuple[Float[Array, "batch padded"], Quantized]:
+        """Reconstructions, in whole frames, of clips within [-1, 1] that are `length` samples long, and what the
+        quantiser says; `training` moves its codebooks. Frames past a clip's end count in none of its statistics."""
+        audio, mask = self.prepare(audio, length)
         quantized = self.quantizer(self.latents(audio, mask), key, training=training, weights=mask)
-        result = self.synthesize(quantized.quantized, mask)
-        clips = (mask[:, 0] > 0).astype(jnp.float32)
-        mel, size, wave = (term @ clips for term in self.distances(result, audio, mask))
-        weight = clips.sum()
-        total = mel + config.magnitude_weight * size + config.complex_weight * wave
-        total += (quantized.commitment + quantized.auxiliary) * weight
-        metrics = {"mel": mel, "magnitude": size, "complex": wave, "commitment": quantized.commitment * weight}
-        metrics |= {"perplexity": quantized.perplexity * weight, "usage": quantized.usage * weight}
-        if config.quantizer is not None:
-            metrics["auxiliary"] = quantized.auxiliary * weight
-        return total, weight, {name: (value, weight) for name, value in metrics.items()}
-
-    def distances(
-        self,
-        result: Float[Array, "batch samples"],
-        target: Float[Array, "batch samples"],
-        mask: Float[Array, "batch frames"],
-    ) -> tuple[Float[Array, " batch"], Float[Array, " batch"], Float[Array, " batch"]]:
-        """Differences of log-mels, magnitudes and complex spectra: means over a clip's frames, bins and all windows."""
-        config = self.config
-        present = jnp.repeat(mask, config.samples_per_frame, axis=1)
-        scales = [
-            _distances_at(result, target, present, window, mel_filterbank(config.sample_rate, window, mels))
-            for window, mels in zip(config.loss_windows, config.loss_mels, strict=True)
-        ]
-        return tuple(sum(term) / len(scales) for term in zip(*scales, strict=True))
-
-
-def _distances_at(result: Array, target: Array, present: Array, window: int, bank: np.ndarray) -> tuple[Array, ...]:
-    """The terms of `SpectralCodec.distances` at one window, the last two relative to the target's mean magnitude."""
-    hop = window // 4
-    whole = ((0, 0), (0, -target.shape[1] % hop))
-    inside = jnp.pad(present, whole)[:, ::hop]
-
-    def mean(x):
-        return (x.mean(-1) * inside).sum(1) / jnp.maximum(inside.sum(1), 1)
-
-    spectra = [stft(jnp.pad(audio, whole), window, hop) for audio in (result, target)]
-    sizes = [magnitude(spectrum) for spectrum in spectra]
-    mels = [jnp.log(jnp.maximum(size @ bank, 1e-5)) for size in sizes]
-    scale = 1 / jnp.maximum(mean(sizes[1]), 1e-2)
-    linear, wave = jnp.abs(sizes[0] - sizes[1]), magnitude(spectra[0] - spectra[1])
-    return mean(jnp.abs(mels[0] - mels[1])), mean(linear) * scale, mean(wave) * scale
+        return self.synthesize(quantized.quantized, mask), quantized
 
 
 class AudioTokenizer(StreamingTokenizer):
