@@ -35,6 +35,7 @@ TYPES = {
     "vqgan": "omni_tokenizers.vqgan:VQGANTokenizer",
     "audio_spectral": "omni_tokenizers.audio:AudioTokenizer",
     "dac": "omni_tokenizers.dac:DacTokenizer",
+    "emu3": "omni_tokenizers.emu3:Emu3Tokenizer",
     "encodec": "omni_tokenizers.encodec:EncodecTokenizer",
     "mimi": "omni_tokenizers.mimi:MimiTokenizer",
     "text_sentencepiece": "omni_tokenizers.text:TextTokenizer",

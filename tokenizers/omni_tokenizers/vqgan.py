@@ -38,7 +38,8 @@ _EPSILON = 1e-6
 # Bounds for descriptions that come with files from elsewhere.
 _LARGEST = 1 << 20
 _DEEPEST = 64
-_PIXELS = 1 << 19  # that go through a net together: two pictures of 512 x 512
+PIXELS = 1 << 19
+"""How many go through a net together: two pictures of 512 x 512."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -469,7 +470,7 @@ def as_pixels(image: Float[Array, "*axes"]) -> UInt8[Array, "*axes"]:
 
 def _rows(sizes: Int[np.ndarray, " axes"]) -> int:
     """How many pictures of this size go through a net together."""
-    return max(1, _PIXELS // int(np.prod(sizes, dtype=np.int64)))
+    return max(1, PIXELS // int(np.prod(sizes, dtype=np.int64)))
 
 
 def _cropped(pixels: UInt8[np.ndarray, "batch ... 3"], sizes) -> UInt8[np.ndarray, "batch ... 3"]:

@@ -34,6 +34,7 @@ class Place:
 
 _CHAMELEON = "omni_tokenizers.checkpoints.vqgan:from_chameleon"
 _JANUS = "omni_tokenizers.checkpoints.vqgan:from_janus"
+_EMU3 = "omni_tokenizers.checkpoints.emu3:from_transformers"
 # "model_type" in config.json -> where its tokenizer is.
 PLACES = {
     "encodec": Place(f"{__name__}.encodec:from_transformers"),
@@ -43,6 +44,9 @@ PLACES = {
     "chameleon_vqgan": Place(_CHAMELEON),
     "janus": Place(_JANUS, "vq_config", ("model.vqmodel.",)),
     "janus_vqgan": Place(_JANUS),
+    "emu3": Place(_EMU3, "vq_config", ("vqmodel.", "model.vqmodel.")),
+    "emu3_vqgan": Place(_EMU3),
+    "Emu3VisionVQ": Place(f"{__name__}.emu3:from_original"),
 }
 
 
@@ -98,7 +102,7 @@ def export_checkpoint(tokenizer: NetTokenizer, directory: epath.PathLike) -> Non
     Raises:
         OmniError: transformers has no such model.
     """
-    exporters = {kind: f"{__name__}.{kind}:to_transformers" for kind in ("vqgan", "encodec", "dac", "mimi")}
+    exporters = {kind: f"{__name__}.{kind}:to_transformers" for kind in ("vqgan", "emu3", "encodec", "dac", "mimi")}
     if tokenizer.type not in exporters:
         raise OmniError(f"transformers has no tokenizer like {tokenizer.type}; {', '.join(exporters)} can be exported")
     if getattr(tokenizer.config, "quantizer", None) is not None:
