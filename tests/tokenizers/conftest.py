@@ -1,6 +1,6 @@
-"""Lets the tests of this folder import its helpers, and those of the fixtures."""
+"""Lets the tests of this folder import `quantizer_cases`."""
 
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "fixtures")]
+sys.path.insert(0, str(Path(__file__).parent))

@@ -233,6 +233,8 @@ class AudioTokenizer(NetTokenizer):
     modality = "audio"
     config_class = AudioTokenizerConfig
     net_class = SpectralCodec
+    channels = 1
+    """Channels that decode gives."""
 
     def __init__(self, config: AudioTokenizerConfig, net: SpectralCodec):
         super().__init__(config, net)
@@ -247,6 +249,10 @@ class AudioTokenizer(NetTokenizer):
     def code_vectors(self) -> tuple[Float[np.ndarray, "codes code_dim"], ...]:
         """The vectors of each level's codes, float32."""
         return tuple(np.asarray(book) for book in self.net.quantizer.codebooks())
+
+    def frames(self, lengths: Int[np.ndarray, " batch"]) -> Int[np.ndarray, " batch"]:
+        """Frames of codes that clips of these samples take."""
+        return -(-lengths // self.samples_per_frame)
 
     def encode(
         self, x: Float[np.ndarray, "batch channels samples"], lengths: Int[np.ndarray, " batch"] | None = None
