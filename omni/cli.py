@@ -126,12 +126,30 @@ def make_parser() -> argparse.ArgumentParser:
     export = verb(
         "export",
         run_export,
-        "Write a model as one directory: weights, vocabulary, grammar, tokenizers.",
-        "omni export runs/quickstart exported/ --dtype float16",
+        "Write a model, or a tokenizer alone, as one directory.",
+        "omni export runs/quickstart exported/ --dtype float16\n  omni export ours theirs --format transformers",
     )
-    export.add_argument("model")
+    export.add_argument("model", help="a run, an exported directory, or a tokenizer's directory")
     export.add_argument("directory", type=Path)
     export.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    export.add_argument(
+        "--format",
+        choices=("omni", "transformers"),
+        default="omni",
+        help="what is to load the directory; transformers is for tokenizers (default: omni)",
+    )
+
+    imports = verb(
+        "import",
+        run_import,
+        "Write the tokenizer of a public checkpoint as a directory of this package.",
+        "omni import encodec_24khz tokenizers/encodec\n  omni import vqgan.ckpt tokenizers/chameleon --image-size 512",
+    )
+    imports.add_argument(
+        "source", help="a directory that transformers wrote, or a file of weights (docs/tokenizers.md)"
+    )
+    imports.add_argument("directory", type=Path)
+    imports.add_argument("--image-size", type=int, help="pixels a side that a file's net is meant for (default: 256)")
 
     tokenizer = verb(
         "tokenizer", None, "Train, measure and use image, audio and text tokenizers.", "omni tokenizer encode DIR x.png"
@@ -281,12 +299,38 @@ def run_eval(options: argparse.Namespace) -> None:
 
 def run_export(options: argparse.Namespace) -> None:
     import omni
+    from omni.tokenizer_tools import export_tokenizer, is_tokenizer
 
-    if options.directory.exists() and not (options.directory.is_dir() and not any(options.directory.iterdir())):
-        raise UsageError(f"{options.directory} is there and no empty directory; name one that is not there yet")
-    omni.load(options.model).save(options.directory, dtype=options.dtype)
-    size = sum(path.stat().st_size for path in options.directory.rglob("*") if path.is_file())
-    print(f"wrote {options.directory} ({size / 1e6:.2f} MB)")
+    _require_empty(options.directory)
+    _status(f"loading {options.model}")
+    if is_tokenizer(options.model):
+        export_tokenizer(options.model, options.directory, file_format=options.format, dtype=options.dtype)
+    elif options.format != "omni":
+        raise UsageError(
+            f"{options.model} is not a tokenizer's directory; only tokenizers are written for transformers"
+        )
+    else:
+        omni.load(options.model).save(options.directory, dtype=options.dtype)
+    _print_written(options.directory)
+
+
+def run_import(options: argparse.Namespace) -> None:
+    from omni.tokenizer_tools import import_tokenizer
+
+    _require_empty(options.directory)
+    _status(f"reading {options.source}")
+    import_tokenizer(options.source, options.directory, image_size=options.image_size)
+    _print_written(options.directory)
+
+
+def _require_empty(directory: Path) -> None:
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise UsageError(f"{directory} is there and no empty directory; name one that is not there yet")
+
+
+def _print_written(directory: Path) -> None:
+    size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    print(f"wrote {directory} ({size / 1e6:.2f} MB)")
 
 
 def run_tokenizer_eval(options: argparse.Namespace) -> None:

@@ -1,57 +1,173 @@
-"""What `omni tokenizer eval`, `encode` and `decode` do: one tokenizer, without a transformer."""
+"""What `omni import`, `omni export` and `omni tokenizer` do with one tokenizer, without a transformer."""
 
 from __future__ import annotations
 
+import collections
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float, UInt8
 
 import omni_tokenizers
 from omni.parts import Audio, Image, Part, Text, read_part
+from omni_tokenizers.base import DESCRIPTION
+from omni_tokenizers.codes import as_codes
 from omni_tokenizers.errors import OmniError, UsageError
+
+_BESIDES = ("lengths", "scales", "sizes")
+"""What `Codes` may hold besides ids."""
+_MOST_PIXELS = 2048 * 2048
+"""Of a picture that goes through a net as it is: some 2 GB in a layer of 128 channels."""
+
+logger = logging.getLogger(__name__)
+
+
+def import_tokenizer(source: str, directory: Path, *, image_size: int | None = None) -> None:
+    """Writes the tokenizer of a public checkpoint, a directory or a file, as this package's own directory.
+
+    Arguments and errors are those of `omni_tokenizers.checkpoints.import_checkpoint`.
+    """
+    from omni_tokenizers.checkpoints import import_checkpoint
+
+    import_checkpoint(source, image_size=image_size).save(directory)
+
+
+def is_tokenizer(directory: str) -> bool:
+    """Whether a directory holds a tokenizer of this package, rather than a model."""
+    return (epath.Path(directory) / DESCRIPTION).exists()
+
+
+def export_tokenizer(source: str, directory: Path, *, file_format: str, dtype: str) -> None:
+    """Writes a tokenizer as this package's own directory ("omni") or as one that transformers loads ("transformers").
+
+    Raises:
+        OmniError: transformers has no such tokenizer.
+        UsageError: a dtype for what has no weights, or is written in float32 alone.
+    """
+    tokenizer = omni_tokenizers.load(source)
+    if file_format == "transformers":
+        from omni_tokenizers.checkpoints import export_checkpoint
+
+        if dtype != "float32":
+            raise UsageError("transformers' directories are written in float32: leave --dtype out")
+        export_checkpoint(tokenizer, directory)
+    elif tokenizer.modality == "text":
+        if dtype != "float32":
+            raise UsageError("a tokenizer of text has no weights: leave --dtype out")
+        tokenizer.save(directory)
+    else:
+        tokenizer.save(directory, dtype=dtype)
 
 
 def encode_part(directory: str, part: Part) -> dict:
-    """Codes of one part as JSON: `{"modality", "codes"}`, for sound also `lengths` in samples."""
+    """Codes of one part as JSON: "modality", "codes", and what `Codes` holds besides for their exact decoding.
+
+    That is `lengths` in samples, `scales`, and `sizes` (height, width).
+    """
     tokenizer = omni_tokenizers.load(directory)
     if part.modality != tokenizer.modality:
         raise UsageError(f"{directory} is a tokenizer of {tokenizer.modality}; it was given {part.modality}")
     if isinstance(part, Text):
         return {"modality": "text", "codes": np.asarray(tokenizer.encode(part.text)).tolist()}
-    codes = tokenizer.encode(_array(tokenizer, part))
-    entry = {"modality": part.modality, "codes": np.asarray(codes).tolist()}
-    if codes.lengths is not None:
-        entry["lengths"] = np.asarray(codes.lengths).tolist()
-    return entry
+    codes = tokenizer.encode(prepared(tokenizer, [part])[0][None])
+    besides = {name: getattr(codes, name) for name in _BESIDES}
+    return {"modality": part.modality, "codes": np.asarray(codes).tolist()} | {
+        name: np.asarray(value).tolist() for name, value in besides.items() if value is not None
+    }
 
 
-def _array(tokenizer, part: Image | Audio) -> np.ndarray:
-    """A batch of one, at the tokenizer's size or rate."""
-    if isinstance(part, Image):
-        return part.resize_crop(tokenizer.image_size, tokenizer.image_size).pixels[None]
-    return part.mono().resample(tokenizer.sample_rate).samples[None]
+def prepared(tokenizer, parts: Sequence[Image | Audio], *, same_size: bool = False) -> list[np.ndarray]:
+    """Each part's array as the tokenizer takes it: pixels, or samples at its rate; what that changes is said once.
+
+    Args:
+        same_size: scale and crop pictures to the tokenizer's own size even where it takes any.
+    Raises:
+        OmniError: a picture that is too large to go through a net as it is.
+    """
+    changes: collections.Counter[str] = collections.Counter()
+    if tokenizer.modality == "audio":
+        arrays = [_samples(tokenizer, part, changes) for part in parts]
+    else:
+        side = tokenizer.image_size if same_size or not tokenizer.takes_any_size else None
+        arrays = [_pixels(part, side, changes) for part in parts]
+    for change, count in changes.items():
+        logger.warning("%s%s", change, f" ({count} of {len(parts)})" if len(parts) > 1 else "")
+    return arrays
+
+
+def _samples(tokenizer, part: Audio, changes: collections.Counter[str]) -> Float[np.ndarray, "channels samples"]:
+    channels = tokenizer.channels
+    if part.channels != channels:
+        changes[f"sound of {part.channels} channels is mixed to 1" if part.channels > 1 else "mono is doubled"] += 1
+        part = part.mono()
+    if part.sample_rate != tokenizer.sample_rate:
+        changes[f"sound is resampled from {part.sample_rate} to {tokenizer.sample_rate} Hz"] += 1
+        part = part.resample(tokenizer.sample_rate)
+    return np.broadcast_to(part.samples, (channels, part.samples.shape[1]))
+
+
+def _pixels(part: Image, side: int | None, changes: collections.Counter[str]) -> UInt8[np.ndarray, "height width 3"]:
+    if side is not None:
+        if (part.height, part.width) != (side, side):
+            changes[f"pictures are scaled and cropped to {side}x{side} pixels"] += 1
+        return part.resize_crop(side, side).pixels
+    _check_size(part.height, part.width)
+    return part.pixels
+
+
+def _check_size(height: int, width: int) -> None:
+    """An OmniError for a picture that would not fit the memory of most machines."""
+    if int(height) * int(width) > _MOST_PIXELS:
+        raise OmniError(
+            f"{width}x{height} pixels are more than {_MOST_PIXELS / 1e6:.1f} million: scale the picture down"
+        )
 
 
 def decode_to_file(directory: str, codes: str, output: str) -> None:
-    """Decodes what `encode_part` wrote (a JSON file, or `-` for standard input) to a file."""
+    """Decodes what `encode_part` wrote (a JSON file, or `-` for standard input) to a file.
+
+    Raises:
+        OmniError: not JSON of codes, or codes that do not fit the tokenizer.
+        UsageError: no such file, codes of another modality, or an output whose extension is not known.
+    """
     tokenizer = omni_tokenizers.load(directory)
+    modality, found = _read_codes(codes)
+    if modality not in (None, tokenizer.modality):
+        raise UsageError(f"{codes} holds codes of {modality}; {directory} is a tokenizer of {tokenizer.modality}")
     try:
-        entry = json.loads(sys.stdin.read() if codes == "-" else Path(codes).read_text())
-        ids = np.asarray(entry["codes"], np.int64)
+        part = _decoded(tokenizer, found)
+    except OmniError as error:
+        raise OmniError(f"{codes}: {error}") from None
+    part.save(output)
+
+
+def _read_codes(path: str) -> tuple[str | None, omni_tokenizers.Codes]:
+    """The modality that a file of codes names, if any, and its arrays as they stand there."""
+    try:
+        entry = json.loads(sys.stdin.read() if path == "-" else Path(path).read_text())
+        besides = {name: np.asarray(entry[name]) for name in _BESIDES if name in entry}
+        return entry.get("modality"), omni_tokenizers.Codes(np.asarray(entry["codes"]), **besides)
     except FileNotFoundError:
-        raise UsageError(f"{codes}: no such file") from None
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise OmniError(f"{codes}: not codes written by omni tokenizer encode ({error})") from None
+        raise UsageError(f"{path}: no such file") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise OmniError(f"{path}: not codes written by omni tokenizer encode ({error})") from None
+
+
+def _decoded(tokenizer, codes: omni_tokenizers.Codes) -> Part:
     if tokenizer.modality == "text":
-        Text(tokenizer.decode(ids)).save(output)
-        return
-    lengths = entry.get("lengths")
-    decoded = tokenizer.decode(omni_tokenizers.Codes(ids, None if lengths is None else np.asarray(lengths)))[0]
-    (Image(decoded) if tokenizer.modality == "image" else Audio(decoded, tokenizer.sample_rate)).save(output)
+        return Text(tokenizer.decode(as_codes(codes, axes=("length",), size=tokenizer.vocabulary_size)))
+    if codes.ids.ndim and len(codes) != 1:
+        raise OmniError(f"codes of {len(codes)} parts, of which a file holds one")
+    if tokenizer.modality == "audio":
+        return Audio(tokenizer.decode(codes)[0], tokenizer.sample_rate)
+    if tokenizer.takes_any_size and codes.ids.ndim == 3:
+        _check_size(*np.multiply(codes.shape[1:], tokenizer.config.strides[-2:]))
+    return Image(tokenizer.decode(codes)[0])
 
 
 def evaluate_files(directory: str, files: Sequence[str]) -> dict:
@@ -63,7 +179,7 @@ def evaluate_files(directory: str, files: Sequence[str]) -> dict:
     for file, part in zip(files, parts, strict=True):
         if part.modality != tokenizer.modality:
             raise UsageError(f"{file} holds {part.modality}; {directory} is a tokenizer of {tokenizer.modality}")
-    arrays = [_array(tokenizer, part)[0] for part in parts]
+    arrays = prepared(tokenizer, parts, same_size=True)
     return (
         _evaluate_images(tokenizer, np.stack(arrays))
         if tokenizer.modality == "image"
@@ -81,16 +197,18 @@ def _evaluate_images(tokenizer, pixels: UInt8[np.ndarray, "n height width 3"]) -
     return {"pictures": len(pixels), **quality, **use}
 
 
-def _evaluate_audio(tokenizer, clips: list[Float[np.ndarray, "1 samples"]]) -> dict:
+def _evaluate_audio(tokenizer, clips: list[Float[np.ndarray, "channels samples"]]) -> dict:
     from omni_tokenizers import audio_metrics
 
     lengths = np.array([clip.shape[1] for clip in clips])
-    batch = np.zeros((len(clips), 1, lengths.max()), np.float32)
+    batch = np.zeros((len(clips), tokenizer.channels, lengths.max()), np.float32)
     for row, clip in zip(batch, clips, strict=True):
         row[:, : clip.shape[1]] = clip
     codes = tokenizer.encode(batch, lengths=lengths)
-    reference, estimate = batch[:, 0], tokenizer.decode(codes)[:, 0]
-    frames = -(-lengths // tokenizer.samples_per_frame)
+    frames = tokenizer.frames(lengths)
+    # Each channel is compared by itself.
+    reference, estimate = (x.reshape(-1, x.shape[2]) for x in (batch, tokenizer.decode(codes)))
+    lengths = np.repeat(lengths, tokenizer.channels)
     return {
         "sounds": len(clips),
         "mel_distance": audio_metrics.mel_distance(reference, estimate, tokenizer.sample_rate, lengths),

@@ -1,16 +1,22 @@
-"""Small whole models with random weights, for tests of what meets in `omni.bundle`."""
+"""Small whole models with random weights, for tests of what meets in `omni.bundle`; how commands are run."""
+
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from flax import nnx
 
 from omni.bundle import Model
+from omni.cli import main
 from omni.grammar import Grammar
 from omni.model import Transformer, TransformerConfig
 from omni.vocabulary import Vocabulary
 from omni_tokenizers import AudioTokenizer, ImageTokenizer, TextTokenizer
 from omni_tokenizers.audio import AudioTokenizerConfig, SpectralCodec
 from omni_tokenizers.image import ImageTokenizerConfig, ImageVQ
+
+sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
 
 SPECIAL = ("<bos>", "<turn>", "<eos>", "<pad>", "<image>", "</image>", "<audio>", "</audio>")
 
@@ -71,6 +77,22 @@ def tiny_bundle(tiny_model, tmp_path_factory):
     directory = tmp_path_factory.mktemp("bundle")
     tiny_model.save(directory)
     return directory
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments) -> tuple[int, str, str]:
+        code = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
 
 
 @pytest.fixture

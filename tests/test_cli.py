@@ -14,23 +14,7 @@ import soundfile
 
 import omni
 from omni import doctor
-from omni.cli import main, read_arguments
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs a command in this process; returns (exit code, stdout, stderr)."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        code = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
+from omni.cli import read_arguments
 
 
 def test_generate_writes_a_mixed_reply(run, tiny_bundle, tmp_path, tone):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import transformers
+from audio_codecs import gain_of, scaled_noise
 
 ENCODEC_24K = {
     "sampling_rate": 2400,
@@ -104,12 +105,18 @@ def random_codec(config, seconds: float = 1.0):
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name in persistent:
-                tensor.copy_(_noise(name, tensor, generator, gain=0.8 if config.model_type == "dac" else 1.3))
-        audio = torch.tensor(sound(config, 4, int(seconds * config.sampling_rate)))
-        fill_codebooks(model, audio, generator)
-        if config.model_type == "dac":
-            _keep_from_saturating(model, audio)
+                noise = torch.randn(tensor.shape, generator=generator)
+                tensor.copy_(scaled_noise(name, noise, gain_of(config.model_type)))
+    finish(model, torch.tensor(sound(config, 4, int(seconds * config.sampling_rate))), generator)
     return model
+
+
+@torch.no_grad()
+def finish(model, audio: torch.Tensor, generator: torch.Generator) -> None:
+    """Sets what follows from the other tensors: codebooks amid the latents of `audio`, and an output not clipped."""
+    fill_codebooks(model, audio, generator)
+    if model.config.model_type == "dac":
+        _keep_from_saturating(model, audio)
 
 
 def _keep_from_saturating(model, audio: torch.Tensor) -> None:
@@ -120,16 +127,6 @@ def _keep_from_saturating(model, audio: torch.Tensor) -> None:
     hook.remove()
     last.weight.mul_(0.7 / seen[0].std())
     last.bias.copy_(-0.7 * seen[0].mean() / seen[0].std() + 0.1)
-
-
-def _noise(name: str, tensor: torch.Tensor, generator: torch.Generator, gain: float) -> torch.Tensor:
-    """Sizes that keep signals alive through the depth of the net."""
-    noise = torch.randn(tensor.shape, generator=generator)
-    if name.endswith(("original0", "alpha", "norm.weight", "layernorm.weight", "scale", "usage")):
-        return (1 + 0.3 * noise).abs() + 0.1
-    if tensor.ndim < 2:
-        return 0.3 * noise
-    return gain * noise * (len(tensor) / tensor.numel()) ** 0.5
 
 
 def sound(config, batch: int, samples: int, seed: int = 0) -> np.ndarray:

@@ -252,6 +252,7 @@ class AudioTokenizer(StreamingTokenizer):
     encoding = ("past", "encoder")
     decoding = ("decoder", "overlap")
     channels = 1
+    """Channels that decode gives."""
 
     def __init__(self, config: AudioTokenizerConfig, net: SpectralCodec):
         super().__init__(config, net)
@@ -267,6 +268,10 @@ class AudioTokenizer(StreamingTokenizer):
     def code_vectors(self) -> tuple[Float[np.ndarray, "codes code_dim"], ...]:
         """The vectors of each level's codes, float32."""
         return tuple(np.asarray(book) for book in self.net.quantizer.codebooks())
+
+    def frames(self, lengths: Int[np.ndarray, " batch"]) -> Int[np.ndarray, " batch"]:
+        """Frames of codes that clips of these samples take."""
+        return -(-lengths // self.samples_per_frame)
 
     def encode(
         self, x: Float[np.ndarray, "batch channels samples"], lengths: Int[np.ndarray, " batch"] | None = None

@@ -262,6 +262,12 @@ class EncodecTokenizer(WaveformTokenizer):
             audio[clip, :length] = faded(pieces, self.config.chunk_stride)[:length]
         return np.ascontiguousarray(audio.swapaxes(1, 2))
 
+    def frames(self, lengths: Int[np.ndarray, " batch"]) -> Int[np.ndarray, " batch"]:
+        """As `WaveformTokenizer.frames`; where chunks overlap, so do the samples of their frames."""
+        each, step = self.config.chunk_frames, self.samples_per_frame
+        chunks = [self.config.spans(int(length)) for length in lengths]
+        return np.array([(len(spans) - 1) * each - (-spans[-1][1] // step) for spans in chunks])
+
     def _paid_for(self, bandwidth: float, codebooks: int | None) -> int:
         """How many codebooks a bandwidth pays for."""
         if self.config.quantizer is not None:

@@ -186,6 +186,8 @@ class ImageTokenizer(NetTokenizer):
     modality = "image"
     config_class = ImageTokenizerConfig
     net_class = ImageVQ
+    takes_any_size = False
+    """Whether pictures may have another size than `image_size`."""
 
     def __init__(self, config: ImageTokenizerConfig, net: ImageVQ):
         super().__init__(config, net)

@@ -373,6 +373,8 @@ class GridTokenizer(NetTokenizer):
     """
 
     modality = "image"
+    takes_any_size = True
+    """Whether pictures may have another size than `image_size`, for which the net was trained."""
     axes: ClassVar[tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = ((("height", "width"), ("rows", "columns")),)
     """Names of the axes of what it takes, and of their codes."""
 

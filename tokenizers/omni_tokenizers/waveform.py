@@ -61,7 +61,7 @@ class WaveformTokenizer(StreamingTokenizer):
         """
         audio, lengths = self._checked_audio(x, lengths)
         ids = self._encode_rows(audio, lengths, self._checked_codebooks(codebooks))
-        frames = -(-lengths // self.samples_per_frame)
+        frames = self.frames(lengths)
         return Codes(_zero_after(ids[..., : frames.max()], frames), lengths)
 
     def decode(
@@ -79,6 +79,10 @@ class WaveformTokenizer(StreamingTokenizer):
         lengths = whole if codes.lengths is None else checked_lengths(codes.lengths, whole)
         audio = self._decode_rows(codes.ids, -(-lengths // self.samples_per_frame))
         return np.ascontiguousarray(_zero_after(audio[:, : lengths.max()].swapaxes(1, 2), lengths))
+
+    def frames(self, lengths: Int[np.ndarray, " batch"]) -> Int[np.ndarray, " batch"]:
+        """Frames of codes that clips of these samples take."""
+        return -(-lengths // self.samples_per_frame)
 
     @property
     def obstacle(self) -> str | None:

@@ -60,6 +60,8 @@ def load_checkpoint(directory: epath.PathLike) -> NetTokenizer:
     """
     directory = epath.Path(directory)
     path = directory / CHECKPOINT_CONFIG
+    if not path.exists():
+        raise OmniError(f"{directory}: no {CHECKPOINT_CONFIG} there, so this is not a directory of transformers")
     values = read_object(path, _LARGEST_DESCRIPTION)
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in PLACES:
@@ -91,6 +93,8 @@ def import_checkpoint(path: epath.PathLike, *, image_size: int | None = None) ->
         if image_size is not None:
             raise UsageError(f"{path}: image_size is for single files; here {CHECKPOINT_CONFIG} says it")
         return load_checkpoint(path)
+    if not path.exists():
+        raise OmniError(f"{path}: there is no such file or directory")
     tensors = weights.read(path) if path.suffix == ".safetensors" else read_torch(path)
     reader = _imported("omni_tokenizers.checkpoints.vqgan:from_original")
     return reader(tensors, 256 if image_size is None else image_size, str(path))

@@ -1,6 +1,6 @@
 """Vector quantiser whose codebook is learned by gradients: VQ-VAE (van den Oord et al. 2017, equation 3).
 
-Two refinements of ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627, section 3.2) can be had: codes narrower than latents,
+Two refinements of ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627) can be had: codes narrower than latents,
 between two projections, and a length of 1 for both. LlamaGen (arXiv:2406.06525) quantises unit vectors; DAC (Kumar et
 al. 2023, arXiv:2306.06546) projects to 8 dimensions and compares by angle, but keeps lengths otherwise.
 """
