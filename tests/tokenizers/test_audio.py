@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from audio_cases import loss_of
 from flax import nnx
 
 import omni_tokenizers
@@ -14,7 +15,6 @@ from omni_tokenizers.audio import AudioTokenizer, AudioTokenizerConfig, Spectral
 from omni_tokenizers.codes import Codes
 from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.quantizers import CodebookState
-from omni_tokenizers.waveform import whole_frames
 
 SMALL = AudioTokenizerConfig(
     dim=32, encoder_blocks=1, decoder_blocks=1, codebook_size=32, mels=40, loss_windows=(512, 1024), loss_mels=(40, 80)
@@ -28,13 +28,6 @@ def clips(count: int = 4, samples: int = 9600) -> np.ndarray:
     pitch = np.linspace(150, 900, count)[:, None]
     noise = generator.normal(size=(count, samples)) * 0.02
     return (0.5 * np.sin(2 * np.pi * pitch * time * (1 + time)) + noise).astype(np.float32)
-
-
-def loss_of(codec, batch, key, *, training):
-    """(total, weight, metrics) of a batch, as the trainer has them."""
-    audio, mask = whole_frames(batch["audio"], batch["length"], codec.config.samples_per_frame)
-    estimate, quantized = codec.autoencode(audio, batch["length"], key, training=training)
-    return codec.config.losses(estimate, audio, mask, quantized, codec.config.sample_rate)
 
 
 def make_step(codec: SpectralCodec, optimizer: optax.GradientTransformation):
