@@ -1,7 +1,7 @@
-"""Sixty seconds as a stream: the memory of the first seconds is enough, nothing is compiled again, codes and sound are
-those of the whole."""
+"""Sixty seconds as a stream: memory stays, nothing is compiled again, codes and sound are those of the whole."""
 
 import gc
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -14,17 +14,6 @@ STATUS = Path("/proc/self/statm")
 CASES = ["spectral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("encodec", "mimi"))]
 FRAMES = {"encodec": 8, "mimi": 1, "spectral": 5}
 """What a step takes."""
-
-
-def resident() -> int:
-    """Bytes of this process in memory; 0 where the system does not say."""
-    return int(STATUS.read_text().split()[1]) * 4096 if STATUS.exists() else 0
-
-
-def arrays() -> int:
-    """Bytes of all arrays of JAX."""
-    gc.collect()
-    return sum(x.nbytes for x in jax.live_arrays())
 
 
 class Compilations:
@@ -41,10 +30,25 @@ class Compilations:
 COMPILATIONS = Compilations()
 
 
+def sizes() -> dict[str, int]:
+    """Bytes of JAX's arrays, of what Python and NumPy hold, and of the process (0 where the system does not say)."""
+    gc.collect()
+    return {
+        "arrays": sum(x.nbytes for x in jax.live_arrays()),
+        "python": tracemalloc.get_traced_memory()[0],
+        "process": int(STATUS.read_text().split()[1]) * 4096 if STATUS.exists() else 0,
+        "compilations": COMPILATIONS.count,
+    }
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_sixty_seconds_in_the_memory_of_ten(name, capsys):
-    """Arrays and the process stay as large as after 10 s, no step is compiled later than that, and codes and sound
-    (within 1e-4) are those of the whole clip."""
+def test_sixty_seconds_in_the_memory_of_thirty(name, capsys):
+    """Arrays, Python's memory and the process are as large at the end as halfway, nothing is compiled later than that,
+    and codes and sound (within 1e-4) are those of the whole clip.
+
+    The allocator of a large codec's process took 10 MB more at 20 s and at 90 s, and then nothing up to 300 s: such
+    steps are left to it.
+    """
     tokenizer = streaming_cases.random_tokenizer(streaming_cases.RELEASED[name])
     step, second = tokenizer.samples_per_frame, tokenizer.sample_rate
     audio = streaming_cases.noise(SECONDS * second + 77)
@@ -52,6 +56,7 @@ def test_sixty_seconds_in_the_memory_of_ten(name, capsys):
     ids, sound = np.full((tokenizer.codebooks, frames), 1, np.int32), np.full((1, frames * step), 1, np.float32)
     encoder, decoder = tokenizer.stream(frames=FRAMES[name])
     coded = heard = 0
+    tracemalloc.start()
     for start in range(0, audio.shape[1], second // 5):
         last = start + second // 5 >= audio.shape[1]
         codes = encoder.push([audio[:, start : start + second // 5]])[0]
@@ -60,14 +65,16 @@ def test_sixty_seconds_in_the_memory_of_ten(name, capsys):
         again = np.concatenate([again, decoder.finish()], 1) if last else again
         ids[:, coded : coded + codes.shape[1]], sound[:, heard : heard + again.shape[1]] = codes, again
         coded, heard = coded + codes.shape[1], heard + again.shape[1]
-        if start == 10 * second:
-            early = arrays(), resident(), COMPILATIONS.count
-    late = arrays(), resident(), COMPILATIONS.count
+        if start == SECONDS // 2 * second:
+            early = sizes()
+    late = sizes()
+    tracemalloc.stop()
     with capsys.disabled():
-        print(f"\n{name}: arrays {early[0]} then {late[0]} bytes, process {early[1]} then {late[1]}")
-    assert late[0] == early[0]
-    assert late[1] - early[1] < 1 << 22
-    assert late[2] == early[2]
+        print(f"\n{name}: at {SECONDS // 2} s {early}, at {SECONDS} s {late}")
+    assert late["arrays"] == early["arrays"]
+    assert late["python"] - early["python"] < 1 << 16
+    assert late["process"] - early["process"] < 1 << 24
+    assert late["compilations"] == early["compilations"]
 
     assert (coded, heard) == (frames, frames * step)
     whole = tokenizer.encode(audio[None]).ids[0]
