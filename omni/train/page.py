@@ -37,10 +37,12 @@ class Page:
             (folder / f"{other}.json").unlink()
         rows = [{"title": "original", "cells": cells(self.gallery.originals)}]
         rows += [{"title": f"step {other}", "cells": read_json(folder / f"{other}.json")} for other in kept]
-        chart = curves.chart("Losses", curves.read_losses(self.directory / LOG))
+        losses = curves.read_losses(self.directory / LOG)
+        critic = {name: losses.pop(name) for name in list(losses) if name.startswith("critic/")}
+        charts = [curves.chart(title, lines) for title, lines in (("net", losses), ("critic", critic))]
         values = {"title": self.directory.name, "step": step, "averaged": self.averaged, "rows": rows}
         with writing(self.directory / PAGE):
-            values |= {"charts": [chart] if chart else []}
+            values |= {"charts": [chart for chart in charts if chart]}
             write_page(self.directory / PAGE, "omni.train", "page.html.j2", values)
 
 

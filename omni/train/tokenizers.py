@@ -7,7 +7,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import grain
 import jax
@@ -87,6 +87,11 @@ class TokenizerTask(Task):
     compute_dtype: ComputeType
 
     def __post_init__(self) -> None:
+        names = [each.config_class.__name__ for each in self.tokenizers]
+        if type(self.tokenizer).__name__ not in names:
+            raise UsageError(f"{type(self).__name__} trains {' and '.join(names)}, not {type(self.tokenizer).__name__}")
+        if self.compute_dtype not in get_args(ComputeType):
+            raise UsageError(f"compute_dtype is {self.compute_dtype!r}; choose {' or '.join(get_args(ComputeType))}")
         if self.losses is not None and self.tokenizer.losses != type(self.losses)():
             raise UsageError("the tokenizer's own loss settings would do nothing beside losses; leave them as they are")
 

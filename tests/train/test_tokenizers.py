@@ -131,6 +131,14 @@ def test_public_family_without_a_quantizer(tmp_path, name):
         omni_tokenizers.checkpoints.export_checkpoint(made, tmp_path)
 
 
+def test_what_cannot_be_trained():
+    """A tokenizer of the other modality and an unknown type of products are usage errors that name the choices."""
+    with pytest.raises(UsageError, match="trains ImageTokenizerConfig and VQGANConfig, not EncodecConfig"):
+        dataclasses.replace(TASKS["vqgan"], tokenizer=TASKS["encodec"].tokenizer)
+    with pytest.raises(UsageError, match="float32 or bfloat16"):
+        dataclasses.replace(TASKS["vqgan"], compute_dtype="float16")
+
+
 def test_losses_are_set_in_one_place():
     """Loss settings of the tokenizer that the task's own would silence are refused."""
     task = TASKS["image_vq"]
