@@ -103,7 +103,7 @@ def prepared(tokenizer, parts: Sequence[Image | Audio], *, same_size: bool = Fal
 def _samples(tokenizer, part: Audio, changes: collections.Counter[str]) -> Float[np.ndarray, "channels samples"]:
     channels = tokenizer.channels
     if part.channels != channels:
-        changes[f"sound of {part.channels} channels is mixed to 1" if part.channels > 1 else "mono is doubled"] += 1
+        changes[f"sound is mixed from {part.channels} to {channels} channels"] += 1
         part = part.mono()
     if part.sample_rate != tokenizer.sample_rate:
         changes[f"sound is resampled from {part.sample_rate} to {tokenizer.sample_rate} Hz"] += 1
@@ -150,7 +150,7 @@ def _read_codes(path: str) -> tuple[str | None, omni_tokenizers.Codes]:
     """The modality that a file of codes names, if any, and its arrays as they stand there."""
     try:
         entry = json.loads(sys.stdin.read() if path == "-" else Path(path).read_text())
-        besides = {name: np.asarray(entry[name]) for name in _BESIDES if name in entry}
+        besides = {name: np.asarray(entry[name]) for name in _BESIDES if entry.get(name) is not None}
         return entry.get("modality"), omni_tokenizers.Codes(np.asarray(entry["codes"]), **besides)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None

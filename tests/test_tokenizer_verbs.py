@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import sys
 
 import numpy as np
 import pytest
@@ -75,6 +76,15 @@ def test_a_file_of_weights_is_imported(run, directories, tmp_path):
     assert hash_of(tmp_path / "vq") == tokenizer.hash
 
 
+def test_pickles_are_refused_without_their_reader(run, tmp_path, monkeypatch):
+    """A file of PyTorch is never unpickled here: without torch, whose reader takes tensors alone, it is refused."""
+    (tmp_path / "vqgan.ckpt").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code, out, err = run("import", tmp_path / "vqgan.ckpt", tmp_path / "vq")
+    assert (code, out) == (1, "") and "need torch: pip install" in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "vq").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -139,14 +149,14 @@ def test_what_encoding_changes_is_said_once(run, directories, tmp_path, load_onc
         soundfile.write(tmp_path / f"{name}.wav", sound, rate)
     caplog.set_level(logging.INFO)
     assert run("tokenizer", "eval", directories["audio"], *(tmp_path / f"{name}.wav" for name in "abc"))[0] == 0
-    mixed, resampled = "sound of 2 channels is mixed to 1", "sound is resampled from 32000 to 16000 Hz"
+    mixed, resampled = "sound is mixed from 2 to 1 channels", "sound is resampled from 32000 to 16000 Hz"
     assert [record.message for record in caplog.records] == [f"{mixed} (2 of 3)", f"{resampled} (2 of 3)"]
     caplog.clear()
     mono = golden("encodec 48k").clips[0].audio[0]
     soundfile.write(tmp_path / "mono.wav", mono, 2400)
     code, out, _ = run("tokenizer", "encode", directories["encodec 48k"], tmp_path / "mono.wav")
     assert code == 0 and json.loads(out)["lengths"] == [601]
-    assert [record.message for record in caplog.records] == ["mono is doubled"]
+    assert [record.message for record in caplog.records] == ["sound is mixed from 1 to 2 channels"]
     caplog.clear()
     omni.Image(PICTURE).save(tmp_path / "in.png")
     assert run("tokenizer", "encode", directories["image"], tmp_path / "in.png")[0] == 0

@@ -44,6 +44,7 @@ def test_codes_and_sound_are_those_recorded_of_transformers(loaded, name):
     tokenizer, clips = loaded(name), golden(name).clips
     codes = tokenizer.encode(padded_batch(clips), np.array(LENGTHS))
     decoded = tokenizer.decode(codes)
+    assert tokenizer.frames(codes.lengths).tolist() == [clip.codes.shape[1] for clip in clips]
     assert codes.lengths.tolist() == list(LENGTHS) and decoded.shape == (3, tokenizer.channels, LENGTHS[0])
     for row, clip in enumerate(clips):
         frames, length = clip.codes.shape[1], LENGTHS[row]
