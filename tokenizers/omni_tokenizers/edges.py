@@ -57,7 +57,10 @@ class PaddedConv1d(Conv1d):
     def __call__(
         self, x: Float[Array, "batch time inputs"], lengths: Int[Array, " batch"]
     ) -> Float[Array, "batch frames outputs"]:
-        y = super().__call__(padded(x, lengths, self.left, self.right, self.stride, self.padding))
+        if self.padding == "constant":
+            y = super().__call__(silenced(x, lengths), (self.left, self.right))  # which spares a copy of x
+        else:
+            y = super().__call__(padded(x, lengths, self.left, self.right, self.stride, self.padding))
         return y if self.norm is None else self.norm(y, self.frames(lengths))
 
 
@@ -129,6 +132,8 @@ def padded(
     "constant" pads zeros, "replicate" the first and last frame, "reflect" mirrors around them; a clip too short for
     its reflection first gets zeros at its end, as the public codecs do.
     """
+    if left == right == 0 and stride == 1:
+        return x
     x = silenced(x, lengths)
     sides = ((0, 0), (left, right), (0, 0))
     if padding == "constant":
