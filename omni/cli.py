@@ -156,6 +156,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_tokenizer_verbs(tokenizer)
 
+    bench = verb("bench", None, "Time what is here beside what else there is.", "omni bench tokenizers --batch 1")
+    _add_bench_verbs(bench)
+
     inspect = verb(
         "inspect",
         run_inspect,
@@ -206,6 +209,25 @@ def _add_tokenizer_verbs(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("directory")
     decode.add_argument("codes")
     decode.add_argument("output", help="the file to write")
+
+
+def _add_bench_verbs(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    summary = "Time the public tokenizers here and in transformers, in turn, on the same weights; a table on stdout."
+    bench = verbs.add_parser(
+        "tokenizers",
+        help=summary,
+        description=summary,
+        epilog="example:\n  omni bench tokenizers --families encodec,mimi --batch 1,8 --seconds 2",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.set_defaults(run=run_bench_tokenizers)
+    bench.add_argument("--families", help="which, comma-separated; default: encodec,mimi,dac,chameleon,janus")
+    bench.add_argument("--batch", default="1,8", help="sounds or pictures in one call, comma-separated")
+    bench.add_argument("--seconds", type=float, default=1.0, help="length of the sounds (pictures have 256 x 256)")
+    bench.add_argument("--rounds", type=int, default=7, help="turns of each side; the median counts")
+    bench.add_argument("--device", choices=("cpu", "gpu"), help="default: what both sides find")
+    bench.add_argument("--json", action="store_true", help="print all times as JSON")
 
 
 def run_quickstart(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -349,6 +371,21 @@ def run_tokenizer_decode(options: argparse.Namespace) -> None:
     from omni.tokenizer_tools import decode_to_file
 
     decode_to_file(options.directory, options.codes, options.output)
+
+
+def run_bench_tokenizers(options: argparse.Namespace) -> None:
+    from omni.bench.report import as_markdown, check_agreement
+    from omni.bench.tokenizers import Options, compare
+
+    try:
+        batches = tuple(int(batch) for batch in options.batch.split(","))
+    except ValueError:
+        raise UsageError(f"--batch {options.batch}: write whole numbers, such as 1,8") from None
+    families = {"families": tuple(options.families.split(","))} if options.families else {}
+    settings = {"seconds": options.seconds, "rounds": options.rounds, "device": options.device}
+    results = compare(Options(batches=batches, **families, **settings))
+    print(json.dumps(results) if options.json else as_markdown(results))
+    check_agreement(results)
 
 
 def run_inspect(options: argparse.Namespace) -> None:

@@ -64,6 +64,16 @@ class PaddedConv1d(Carrier, Conv1d):
     def __call__(
         self, x: Float[Array, "batch time inputs"], lengths: Int[Array, " batch"]
     ) -> Float[Array, "batch frames outputs"]:
+        if self.padding == "constant" and self.past is None:
+            y = super().__call__(silenced(x, lengths), (self.left, self.right))  # which spares a copy of x
+        else:
+            y = super().__call__(self._padded(x, lengths))
+        return y if self.norm is None else self.norm(y, self.frames(lengths))
+
+    def _padded(
+        self, x: Float[Array, "batch time inputs"], lengths: Int[Array, " batch"]
+    ) -> Float[Array, "batch padded_time inputs"]:
+        """`x` with what lies before and after each clip, which in a stream is what came before."""
         whole = padded(x, lengths, self.left, self.right, self.stride, self.padding)
         if self.past is not None:
             # What precedes a clip can be a reflection of its first frames, so it is made where a row begins.
@@ -71,8 +81,7 @@ class PaddedConv1d(Carrier, Conv1d):
             whole = jnp.where(self.begun[...][:, None, None], further, whole)
             self.past[...] = latest(whole, lengths, self.left)
             self.begun[...] = self.begun[...] | (lengths > 0)
-        y = super().__call__(whole)
-        return y if self.norm is None else self.norm(y, self.frames(lengths))
+        return whole
 
 
 class TrimmedConvTranspose1d(ConvTranspose1d):
@@ -149,6 +158,8 @@ def padded(
     "constant" pads zeros, "replicate" the first and last frame, "reflect" mirrors around them; a clip too short for
     its reflection first gets zeros at its end, as the public codecs do.
     """
+    if left == right == 0 and stride == 1:
+        return x
     x = silenced(x, lengths)
     sides = ((0, 0), (left, right), (0, 0))
     if padding == "constant":

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from omni_tokenizers.edges import PADDINGS, PaddedConv1d, TrimmedConvTranspose1d
 from omni_tokenizers.errors import UsageError
+from omni_tokenizers.layers import elu
 from omni_tokenizers.recurrent import LSTM
 
 # Bounds for descriptions that come with files from elsewhere.
@@ -105,7 +106,7 @@ class ResidualUnit(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch time channels"], lengths: Int[Array, " batch"]
     ) -> Float[Array, "batch time channels"]:
-        y = self.out(nnx.elu(self.mix(nnx.elu(x), lengths)), lengths)
+        y = self.out(elu(self.mix(elu(x), lengths)), lengths)
         return (x if self.shortcut is None else self.shortcut(x, lengths)) + y
 
 
@@ -121,7 +122,7 @@ class EncoderStage(nnx.Module):
     ) -> tuple[Float[Array, "batch frames outputs"], Int[Array, " batch"]]:
         for unit in self.units:
             x = unit(x, lengths)
-        return self.down(nnx.elu(x), lengths), self.down.frames(lengths)
+        return self.down(elu(x), lengths), self.down.frames(lengths)
 
 
 class DecoderStage(nnx.Module):
@@ -142,7 +143,7 @@ class DecoderStage(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch frames inputs"], lengths: Int[Array, " batch"]
     ) -> tuple[Float[Array, "batch time channels"], Int[Array, " batch"]]:
-        x, lengths = self.up(nnx.elu(x), lengths), lengths * self.up.stride
+        x, lengths = self.up(elu(x), lengths), lengths * self.up.stride
         for unit in self.units:
             x = unit(x, lengths)
         return x, lengths
@@ -167,7 +168,7 @@ class SEANetEncoder(nnx.Module):
             x, lengths = stage(x, lengths)
         if self.memory is not None:
             x = x + self.memory(x, lengths)
-        return self.leave(nnx.elu(x), lengths)
+        return self.leave(elu(x), lengths)
 
 
 class SEANetDecoder(nnx.Module):
@@ -189,7 +190,7 @@ class SEANetDecoder(nnx.Module):
             x = x + self.memory(x, lengths)
         for stage in self.stages:
             x, lengths = stage(x, lengths)
-        return self.leave(nnx.elu(x), lengths)
+        return self.leave(elu(x), lengths)
 
 
 def _convolution(config: SEANetConfig):

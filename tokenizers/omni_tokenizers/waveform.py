@@ -153,8 +153,8 @@ def whole_frames(
 
 
 def bucket(frames: int) -> int:
-    """Frames padded to: 4, 8, 12, 16, 20, 24, 28, 32, 40, 48 ..., so that few shapes compile and little is wasted."""
-    step = max(4, 1 << max((frames - 1).bit_length() - 3, 0))
+    """Frames padded to: 2, 4, 6 ... 32, 36, 40 ... 64, 72 ..., so that few shapes compile and little is wasted."""
+    step = 1 << max((frames - 1).bit_length() - 4, 1)
     return -(-frames // step) * step
 
 

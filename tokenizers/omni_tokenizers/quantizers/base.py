@@ -89,9 +89,11 @@ def nearest(
     latents: Float[Array, "n dim"], codebook: Float[Array, "codes dim"]
 ) -> tuple[Int[Array, " n"], Float[Array, " n"]]:
     """The nearest code of each latent and its squared distance, in float32 at the highest precision."""
-    product = jnp.einsum("nd,kd->nk", latents, codebook, precision=PRECISION)
-    scores = jnp.square(codebook).sum(-1) - 2 * product
-    codes = jnp.argmin(scores, -1).astype(jnp.int32)
+    product = jnp.einsum("kd,nd->kn", codebook, latents, precision=PRECISION)
+    scores = jnp.square(codebook).sum(-1)[:, None] - 2 * product
+    # argmin, but several times faster on CPUs: two plain reductions, which run along the latents in vector registers.
+    numbers = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+    codes = jnp.where(scores == scores.min(0), numbers, len(codebook) - 1).min(0)
     return codes, jnp.square(latents - codebook[codes]).sum(-1)
 
 

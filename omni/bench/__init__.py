@@ -1,0 +1,1 @@
+"""Benchmarks: what is here, timed beside what else there is."""
