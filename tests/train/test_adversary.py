@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tokenizer_cases import TASKS, tokenizer_run
+from tokenizer_cases import TASKS, Squares, tokenizer_run
 
 from omni.data.loader import stack
 from omni.train.loop import train
@@ -141,30 +141,37 @@ def test_before_its_start_there_is_no_critic():
     assert not any(name.startswith("critic") or name == "adversarial" for name in metrics)
     after, metrics = jax.jit(make_train_step(graphdef, task, config.optimizer, 10, 0, adversarial=True))(state, batch)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after.critic.params, first.critic.params)
-    assert min(jax.tree.leaves(moved)) > 0 and float(metrics["critic/gradient_norm"][0]) > 0
-    schedule = OptimizerConfig(learning_rate=3e-4, warmup_steps=0)
-    assert float(metrics["critic/learning_rate"][0]) == pytest.approx(schedule.learning_rate)
+    stuck = [path for path, change in nnx.to_flat_state(moved) if not change.get_value()]
+    assert all(path[-2:] == ("head", "bias") for path in stuck)  # where both halves of the hinge cancel at first
+    assert float(metrics["critic/gradient_norm"][0]) > 0
+    assert float(metrics["critic/learning_rate"][0]) == pytest.approx(3e-4)  # the schedule's first
     assert int(after.critic.optimizer[0].count) == 1
-    assert not np.array_equal(*(x.params["head"]["kernel"][...] for x in (after, plain(state, batch)[0])))
+    assert not np.array_equal(*(x.params["head"]["kernel"][...] for x in (after, plain(expected, batch)[0])))
 
 
-def test_resumed_equals_undisturbed(tmp_path):
-    """A run that is cut after the critic's start, and one cut before, end with the bits of an undisturbed one: net,
-    critic, both optimizers' moments, averages and codebooks."""
-    task = with_adversary(SOUND, start=3)
-    whole = tokenizer_run(tmp_path / "whole", task, steps=8, checkpoint_every=2, log_every=1)
-    expected = train(whole)
-    lines = read_metrics(whole.output)
-    assert [("critic/loss" in line) for line in lines] == [False] * 3 + [True] * 5
-    for cut in (2, 6):
-        part = dataclasses.replace(whole, output=str(tmp_path / str(cut)), keep=9)
-        train(part)
-        for later in range(cut + 2, 9, 2):
-            shutil.rmtree(tmp_path / str(cut) / "checkpoints" / str(later))
-        (tmp_path / str(cut) / "finished.json").unlink()
-        resumed = train(part)
-        assert_same_bits(resumed, expected)
-        assert [line["loss"] for line in read_metrics(part.output)] == [line["loss"] for line in lines]
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(configuration, final state) of a run whose critic starts after 3 of 6 steps; its codebook moves."""
+    task = dataclasses.replace(TASKS["image_vq"], data=Squares(measured=False), adversary=IMAGE.adversary)
+    output = tmp_path_factory.mktemp("adversary") / "run"
+    config = tokenizer_run(output, with_adversary(task, start=3), steps=6, checkpoint_every=2, log_every=1, keep=9)
+    return config, train(config)
+
+
+@pytest.mark.parametrize("cut", [4, pytest.param(2, marks=pytest.mark.slow)])
+def test_resumed_equals_undisturbed(tmp_path, undisturbed, cut):
+    """A run that is cut, after the critic's start or before, ends with the bits of an undisturbed one: net, critic,
+    both optimizers' moments, averages, codebook and log."""
+    config, expected = undisturbed
+    lines = read_metrics(config.output)
+    assert [("critic/loss" in line) for line in lines] == [False] * 3 + [True] * 3
+    part = dataclasses.replace(config, output=str(tmp_path / "run"))
+    shutil.copytree(config.output, part.output)
+    for later in range(cut + 2, 7, 2):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(later))
+    (tmp_path / "run" / "finished.json").unlink()
+    assert_same_bits(train(part), expected)
+    assert [line["loss"] for line in read_metrics(part.output)] == [line["loss"] for line in lines]
 
 
 def test_what_a_critic_cannot_have():
