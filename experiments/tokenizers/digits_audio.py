@@ -3,14 +3,18 @@
     omni quickstart                                             # makes the dataset, among other things
     omni tokenizer train experiments/tokenizers/digits_audio.py
 
-The data is the quickstart's; `--task.data DIR` names another run's. What comes of these settings is in the quickstart's
-own results (`tokenizers.audio` in docs/results/quickstart.json): it trains the same net for as many steps.
+The data is the quickstart's; `--task.data.directory DIR` names another run's. What comes of these settings is in the
+quickstart's own results (`tokenizers.audio` in docs/results/quickstart.json): it trains the same net for as many steps.
 """
 
 from omni.recipes.digits import DigitsRecipe
-from omni.recipes.digits_tasks import SpokenDigitsTask
+from omni.recipes.digits_examples import SpokenDigits
+from omni.train.tokenizers import AudioTokenizerTask
 
 recipe = DigitsRecipe()
 config = recipe.audio_training.config(
-    "runs/digits_audio", SpokenDigitsTask("runs/quickstart/data", recipe.audio), recipe.seed, recipe.checkpoint_every
+    "runs/digits_audio",
+    AudioTokenizerTask(SpokenDigits("runs/quickstart/data"), recipe.audio),
+    recipe.seed,
+    recipe.checkpoint_every,
 )

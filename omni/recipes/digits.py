@@ -25,13 +25,14 @@ from omni.model import TransformerConfig
 from omni.recipes import digits_data
 from omni.recipes.digits_documents import training_text
 from omni.recipes.digits_evaluation import evaluation_data
-from omni.recipes.digits_tasks import DigitScansTask, SpokenDigitsTask
+from omni.recipes.digits_examples import DigitScans, SpokenDigits
 from omni.recipes.digits_tokens import code_vectors, make_grammar, make_pools, write_documents
 from omni.train.language import TransformerTask
 from omni.train.loop import TrainConfig, train
 from omni.train.optimizer import OptimizerConfig, OptimizerName
 from omni.train.run_directory import CONFIG, claim, read_json, to_json, write_json
 from omni.train.task import Task
+from omni.train.tokenizers import AudioTokenizerTask, ImageTokenizerTask
 from omni_tokenizers import TextTokenizer
 from omni_tokenizers.audio import AudioTokenizerConfig
 from omni_tokenizers.base import config_from_dict
@@ -177,12 +178,12 @@ class DigitsRecipe:
             TextTokenizer.train(training_text(), self.text_vocabulary).save(output / "tokenizers" / "text")
 
         def train_image() -> None:
-            task = DigitScansTask(data, self.image)
+            task = ImageTokenizerTask(DigitScans(data), self.image)
             train(self.image_training.config(training / "image", task, self.seed, self.checkpoint_every))
             omni_tokenizers.load(training / "image").save(output / "tokenizers" / "image")
 
         def train_audio() -> None:
-            task = SpokenDigitsTask(data, self.audio)
+            task = AudioTokenizerTask(SpokenDigits(data), self.audio)
             train(self.audio_training.config(training / "audio", task, self.seed, self.checkpoint_every))
             omni_tokenizers.load(training / "audio").save(output / "tokenizers" / "audio")
 

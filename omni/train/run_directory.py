@@ -10,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from omni.data.examples import Examples
 from omni.train.task import Task
 from omni_tokenizers.errors import OmniError
 
@@ -19,10 +20,10 @@ MAY_CHANGE = ("output", "steps", "log_every", "checkpoint_every", "keep", "mesh"
 
 
 def to_json(value: Any) -> Any:
-    """A configuration as JSON; a task carries the name of its class as `type`."""
+    """A configuration as JSON; a task and its examples carry the names of their classes as `type`."""
     if dataclasses.is_dataclass(value):
         fields = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields} if isinstance(value, Task) else fields
+        return {"type": type(value).__name__, **fields} if isinstance(value, (Task, Examples)) else fields
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -221,7 +221,17 @@ def test_tokenizer_experiments_train_from_the_command_line(directory, tmp_path, 
     file = Path(__file__).parents[2] / "experiments" / "tokenizers" / f"digits_{modality}.py"
     output = tmp_path / "run"
     sizes = {"image": ["--task.tokenizer.channels", "8"], "audio": ["--task.tokenizer.dim", "8"]}[modality]
-    settings = ["--output", str(output), "--task.data", str(directory), "--steps", "2", "--batch-size", "8", *sizes]
+    settings = [
+        "--output",
+        str(output),
+        "--task.data.directory",
+        str(directory),
+        "--steps",
+        "2",
+        "--batch-size",
+        "8",
+        *sizes,
+    ]
     main(["tokenizer", "train", str(file), *settings])
     assert omni_tokenizers.load(output).modality == modality
     assert read_metrics(output)[-1]["step"] == 2

@@ -13,6 +13,7 @@ from quantizer_cases import LEVELLED, SINGLE
 import omni_tokenizers
 from omni.bundle import MODELS
 from omni.experiment import override
+from omni.train.tokenizers import AudioTokenizerTask, ImageTokenizerTask
 from omni_tokenizers.audio import AudioTokenizer, AudioTokenizerConfig, SpectralCodec
 from omni_tokenizers.base import config_from_dict, config_to_dict
 from omni_tokenizers.errors import OmniError, UsageError
@@ -131,7 +132,7 @@ def test_image_tokenizer_takes_it(name, tmp_path):
     config = dataclasses.replace(IMAGE, quantizer=SINGLE[name])
     net = ImageVQ(config, rngs=nnx.Rngs(0))
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), np.uint8)
-    total, metrics, gradients = first_step(net, {"image": images})
+    total, metrics, gradients = first_step(ImageTokenizerTask(None, config), net, {"image": images})
     terms = sum(float(metrics[term][0]) for term in ("reconstruction", "commitment", "auxiliary"))
     assert float(total) == pytest.approx(terms, rel=1e-5)
     check_gradients(gradients)
@@ -152,7 +153,9 @@ def test_audio_tokenizer_takes_it(name, tmp_path):
     config = dataclasses.replace(AUDIO, quantizer=LEVELLED[name])
     codec = SpectralCodec(config, rngs=nnx.Rngs(0))
     sound = np.random.default_rng(0).normal(size=(4, 3200)).astype(np.float32) * 0.2
-    total, metrics, gradients = first_step(codec, {"audio": sound, "length": np.array([3200, 3200, 2000, 900])})
+    total, metrics, gradients = first_step(
+        AudioTokenizerTask(None, config), codec, {"audio": sound, "length": np.array([3200, 3200, 2000, 900])}
+    )
     weights = {"mel": 1, "magnitude": 1, "complex": 0.1, "commitment": 1, "auxiliary": 1}
     terms = sum(weight * float(metrics[term][0]) for term, weight in weights.items())
     assert float(total) == pytest.approx(terms, rel=1e-5)
@@ -167,7 +170,7 @@ def test_audio_tokenizer_takes_it(name, tmp_path):
     np.testing.assert_array_equal(loaded.decode(codes), tokenizer.decode(codes))
 
 
-def first_step(net, batch):
+def first_step(task, net, batch):
     """Loss, metrics and gradients by name of a training step."""
     graphdef, params, rest = nnx.split(net, nnx.Param, ...)
     params = jax.tree.map(lambda p: p + 0.1, params)  # a kernel of 0, as blocks begin with, hides what is before it
@@ -175,9 +178,8 @@ def first_step(net, batch):
     @jax.jit
     def step(params):
         def loss(params):
-            total, _, metrics = nnx.merge(graphdef, params, rest, copy=True).loss(
-                batch, jax.random.key(0), training=True
-            )
+            model = nnx.merge(graphdef, params, rest, copy=True)
+            total, _, metrics = task.loss(model, batch, jax.random.key(0), training=True)
             return total, metrics
 
         return jax.value_and_grad(loss, has_aux=True)(params)

@@ -15,15 +15,17 @@ from jaxtyping import Array, Float, Int
 from omni_tokenizers.base import NetTokenizer
 from omni_tokenizers.codes import Codes, as_codes
 from omni_tokenizers.errors import OmniError, UsageError
+from omni_tokenizers.losses.audio import AudioLosses
 from omni_tokenizers.quantizers import (
     LevelledQuantizerConfig,
+    Quantized,
     ResidualQuantizerConfig,
     VectorQuantizerConfig,
     check_replaced,
     make_quantizer,
 )
-from omni_tokenizers.spectral import istft, log_mel, magnitude, mel_filterbank, stft
-from omni_tokenizers.waveform import checked_audio, checked_lengths
+from omni_tokenizers.spectral import istft, log_mel
+from omni_tokenizers.waveform import checked_audio, checked_lengths, whole_frames
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,19 @@ class AudioTokenizerConfig:
         if min(self.downsample, self.codebooks, self.dim, self.mels, self.sample_rate) < 1:
             raise UsageError("sample_rate, mels, dim, downsample and codebooks must be at least 1")
         _ = self.chosen_quantizer  # checks its own settings
-        if len(self.loss_windows) != len(self.loss_mels) or any(window % 8 for window in self.loss_windows):
-            raise UsageError("loss_windows (multiples of 8) and loss_mels must have one value for each scale")
+        _ = self.losses  # so do they
 
     @property
     def samples_per_frame(self) -> int:
         """Samples that one frame of codes stands for."""
         return self.hop * self.downsample
+
+    @property
+    def losses(self) -> AudioLosses:
+        """What a training has where it names no others."""
+        return AudioLosses(
+            self.loss_windows, self.loss_mels, magnitude=self.magnitude_weight, complex=self.complex_weight
+        )
 
     @property
     def chosen_quantizer(self) -> LevelledQuantizerConfig:
@@ -165,65 +173,17 @@ class SpectralCodec(nnx.Module):
     def prepare(
         self, audio: Float[Array, "batch samples"], length: Int[Array, " batch"]
     ) -> tuple[Float[Array, "batch padded"], Float[Array, "batch frames"]]:
-        """Audio in whole frames, silenced past each clip's end, and the mask of the frames that a clip has."""
-        step = self.config.samples_per_frame
-        audio = jnp.where(jnp.arange(audio.shape[1]) < length[:, None], audio, 0)
-        audio = jnp.pad(audio, ((0, 0), (0, -audio.shape[1] % step)))
-        starts = jnp.arange(audio.shape[1] // step) * step
-        return audio, (starts < length[:, None]).astype(jnp.float32)
+        """As `whole_frames`."""
+        return whole_frames(audio, length, self.config.samples_per_frame)
 
-    def loss(self, batch: dict[str, Array], key: Array, *, training: bool) -> tuple[Array, Array, dict]:
-        """Training loss summed over clips, its weight (clips that are not empty), and metrics name -> (total, weight).
-
-        `batch`: "audio" float32 [batch, samples] within [-1, 1], "length" int32 [batch] in samples. Frames past a
-        clip's last frame of codes count in no term and no codebook statistic. Each term is a mean over a clip's frames.
-        """
-        config = self.config
-        audio, mask = self.prepare(batch["audio"], batch["length"])
+    def autoencode(
+        self, audio: Float[Array, "batch samples"], length: Int[Array, " batch"], key: Array | None, *, training: bool
+    ) -> tuple[Float[Array, "batch padded"], Quantized]:
+        """Reconstructions, in whole frames, of clips within [-1, 1] that are `length` samples long, and what the
+        quantiser says; `training` moves its codebooks. Frames past a clip's end count in none of its statistics."""
+        audio, mask = self.prepare(audio, length)
         quantized = self.quantizer(self.latents(audio, mask), key, training=training, weights=mask)
-        result = self.synthesize(quantized.quantized, mask)
-        clips = (mask[:, 0] > 0).astype(jnp.float32)
-        mel, size, wave = (term @ clips for term in self.distances(result, audio, mask))
-        weight = clips.sum()
-        total = mel + config.magnitude_weight * size + config.complex_weight * wave
-        total += (quantized.commitment + quantized.auxiliary) * weight
-        metrics = {"mel": mel, "magnitude": size, "complex": wave, "commitment": quantized.commitment * weight}
-        metrics |= {"perplexity": quantized.perplexity * weight, "usage": quantized.usage * weight}
-        if config.quantizer is not None:
-            metrics["auxiliary"] = quantized.auxiliary * weight
-        return total, weight, {name: (value, weight) for name, value in metrics.items()}
-
-    def distances(
-        self,
-        result: Float[Array, "batch samples"],
-        target: Float[Array, "batch samples"],
-        mask: Float[Array, "batch frames"],
-    ) -> tuple[Float[Array, " batch"], Float[Array, " batch"], Float[Array, " batch"]]:
-        """Differences of log-mels, magnitudes and complex spectra: means over a clip's frames, bins and all windows."""
-        config = self.config
-        present = jnp.repeat(mask, config.samples_per_frame, axis=1)
-        scales = [
-            _distances_at(result, target, present, window, mel_filterbank(config.sample_rate, window, mels))
-            for window, mels in zip(config.loss_windows, config.loss_mels, strict=True)
-        ]
-        return tuple(sum(term) / len(scales) for term in zip(*scales, strict=True))
-
-
-def _distances_at(result: Array, target: Array, present: Array, window: int, bank: np.ndarray) -> tuple[Array, ...]:
-    """The terms of `SpectralCodec.distances` at one window, the last two relative to the target's mean magnitude."""
-    hop = window // 4
-    whole = ((0, 0), (0, -target.shape[1] % hop))
-    inside = jnp.pad(present, whole)[:, ::hop]
-
-    def mean(x):
-        return (x.mean(-1) * inside).sum(1) / jnp.maximum(inside.sum(1), 1)
-
-    spectra = [stft(jnp.pad(audio, whole), window, hop) for audio in (result, target)]
-    sizes = [magnitude(spectrum) for spectrum in spectra]
-    mels = [jnp.log(jnp.maximum(size @ bank, 1e-5)) for size in sizes]
-    scale = 1 / jnp.maximum(mean(sizes[1]), 1e-2)
-    linear, wave = jnp.abs(sizes[0] - sizes[1]), magnitude(spectra[0] - spectra[1])
-    return mean(jnp.abs(mels[0] - mels[1])), mean(linear) * scale, mean(wave) * scale
+        return self.synthesize(quantized.quantized, mask), quantized
 
 
 class AudioTokenizer(NetTokenizer):

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from omni_tokenizers.base import NetTokenizer
 from omni_tokenizers.codes import Codes, as_codes
 from omni_tokenizers.errors import OmniError, UsageError
+from omni_tokenizers.losses.image import ImageLosses
 from omni_tokenizers.quantizers import (
     Quantized,
     SingleQuantizerConfig,
@@ -78,6 +79,11 @@ class ImageTokenizerConfig:
     def downsampling(self) -> int:
         """Pixels along each side of what one code stands for."""
         return self.patch_size * 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def losses(self) -> ImageLosses:
+        """What a training has where it names no others."""
+        return ImageLosses(absolute=self.absolute_weight)
 
     @property
     def chosen_quantizer(self) -> SingleQuantizerConfig:
@@ -162,35 +168,12 @@ class ImageVQ(nnx.Module):
         pixels = self.reconstruct(self.quantizer.lookup(codes))
         return jnp.round(jnp.clip((pixels + 1) * 127.5, 0, 255)).astype(jnp.uint8)
 
-    def loss(
-        self, batch: dict[str, Array], key: PRNGKeyArray | None, *, training: bool
-    ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, tuple[Array, Array]]]:
-        """Training loss of ``batch["image"]`` [batch, height, width, 3] (uint8, or floating point within [-1, 1]).
-
-        Returns:
-            total: weight x (squared error + absolute_weight x absolute error + the quantiser's losses), means over
-                pixels.
-            weight: the number of pictures.
-            metrics: name -> (total, weight).
-        """
-        image = normalized(batch["image"])
-        result: Quantized = self.quantizer(self.latents(image), key, training=training)
-        error = self.reconstruct(result.quantized) - image
-        squared = jnp.square(error).mean((1, 2, 3))
-        weight = jnp.float32(len(image))
-        reconstruction = (squared + self.config.absolute_weight * jnp.abs(error).mean((1, 2, 3))).sum()
-        values = {
-            "reconstruction": reconstruction,
-            # Pixels span 2, so the peak signal is 2.
-            "psnr": (-10 * jnp.log10(jnp.maximum(squared / 4, 1e-10))).sum(),
-            "commitment": weight * result.commitment,
-            "perplexity": weight * result.perplexity,
-            "usage": weight * result.usage,
-        }
-        if self.config.quantizer is not None:
-            values["auxiliary"] = weight * result.auxiliary
-        metrics = {name: (value, weight) for name, value in values.items()}
-        return reconstruction + weight * (result.commitment + result.auxiliary), weight, metrics
+    def autoencode(
+        self, image: Float[Array, "batch height width 3"], key: PRNGKeyArray | None, *, training: bool
+    ) -> tuple[Float[Array, "batch height width 3"], Quantized]:
+        """Reconstructions of images within [-1, 1], and what the quantiser says; `training` moves its codebook."""
+        quantized = self.quantizer(self.latents(image), key, training=training)
+        return self.reconstruct(quantized.quantized), quantized
 
 
 class ImageTokenizer(NetTokenizer):

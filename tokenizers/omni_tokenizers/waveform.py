@@ -6,9 +6,10 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from omni_tokenizers.base import NetTokenizer
 from omni_tokenizers.codes import Codes, as_codes
@@ -120,6 +121,16 @@ class WaveformTokenizer(NetTokenizer):
                 f"got {list(codes.ids.shape)}"
             )
         return codes
+
+
+def whole_frames(
+    audio: Float[Array, "batch samples"], length: Int[Array, " batch"], step: int
+) -> tuple[Float[Array, "batch padded"], Float[Array, "batch frames"]]:
+    """Audio in whole frames of `step` samples, silenced past each clip's end, and 1 for the frames that a clip has."""
+    audio = jnp.where(jnp.arange(audio.shape[1]) < length[:, None], audio, 0)
+    audio = jnp.pad(audio, ((0, 0), (0, -audio.shape[1] % step)))
+    starts = jnp.arange(audio.shape[1] // step) * step
+    return audio, (starts < length[:, None]).astype(jnp.float32)
 
 
 def bucket(frames: int) -> int:

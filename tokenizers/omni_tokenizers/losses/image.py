@@ -1,0 +1,54 @@
+"""How far reconstructed pictures are from the originals, pixel by pixel."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from omni_tokenizers.quantizers.base import Quantized, check_weights
+
+Sum = tuple[Float[Array, ""], Float[Array, ""]]
+"""A total and the weight to divide it by."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageLosses:
+    """Weights of the differences between a picture and its reconstruction, pixels lying within [-1, 1]."""
+
+    squared: float = 1.0
+    """Weight of the squared error (L2), mean over pixels and colours."""
+    absolute: float = 0.1
+    """Weight of the absolute error (L1), mean over pixels and colours."""
+
+    def __post_init__(self) -> None:
+        check_weights(**dataclasses.asdict(self))
+
+    def __call__(
+        self,
+        estimate: Float[Array, "batch height width 3"],
+        image: Float[Array, "batch height width 3"],
+        quantized: Quantized,
+    ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Sum]]:
+        """(total, weight, metrics): the loss summed over pictures, their number, and metrics name -> (total, weight).
+
+        The quantiser's own losses count once a picture.
+        """
+        error = estimate - image
+        squared = jnp.square(error).mean((1, 2, 3))
+        weight = jnp.float32(len(image))
+        reconstruction = (self.squared * squared + self.absolute * jnp.abs(error).mean((1, 2, 3))).sum()
+        values = {
+            "reconstruction": reconstruction,
+            # Pixels span 2, so the peak signal is 2.
+            "psnr": (-10 * jnp.log10(jnp.maximum(squared / 4, 1e-10))).sum(),
+        }
+        metrics = {name: (value, weight) for name, value in values.items()} | quantizer_metrics(quantized, weight)
+        return reconstruction + weight * (quantized.commitment + quantized.auxiliary), weight, metrics
+
+
+def quantizer_metrics(quantized: Quantized, weight: Float[Array, ""]) -> dict[str, Sum]:
+    """What a quantiser tells of a batch of `weight` examples."""
+    names = ("commitment", "auxiliary", "perplexity", "usage")
+    return {name: (weight * getattr(quantized, name), weight) for name in names}
