@@ -1,5 +1,6 @@
 """The photos, their crops, and what tokenizers are compared with on them."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -10,8 +11,9 @@ from flax import nnx
 
 import omni_tokenizers
 from omni.cli import main
-from omni.recipes import photos, photos_baselines, photos_evaluation
+from omni.recipes import photos, photos_baselines, photos_evaluation, photos_recipe
 from omni.train.metrics import read_metrics
+from omni.train.optimizer import OptimizerConfig
 from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.image import ImageTokenizer, ImageTokenizerConfig, ImageVQ
 from omni_tokenizers.image_metrics import psnr
@@ -132,7 +134,35 @@ def test_results_hold_tokenizer_and_baselines(monkeypatch, tmp_path):
 def test_the_experiment_trains_from_the_command_line(tmp_path):
     """`omni tokenizer train experiments/tokenizers/photos.py` with overrides leaves a tokenizer that opens."""
     output = tmp_path / "run"
-    sizes = ["--task.tokenizer.channels", "8", "--task.tokenizer.quantizer.codebook-size", "16"]
-    main(["tokenizer", "train", str(EXPERIMENTS / "photos.py"), "--output", str(output), "--steps", "2", *sizes])
+    sizes = {"channels": 8, "residual-blocks": 1, "quantizer.codebook-size": 16}
+    overrides = [text for name, size in sizes.items() for text in (f"--task.tokenizer.{name}", str(size))]
+    overrides += ["--optimizer.name", "adamw", "--steps", "2", "--output", str(output)]
+    main(["tokenizer", "train", str(EXPERIMENTS / "photos.py"), *overrides])
     assert omni_tokenizers.load(output).modality == "image"
     assert {"psnr", "held_out/psnr"} <= set(read_metrics(output)[-1])
+
+
+def test_quantizers_are_compared_and_the_comparison_goes_on(tmp_path, monkeypatch):
+    """One command trains and measures each; again, it trains nothing anew and adds what is new."""
+
+    def small_training(output, quantizer, steps):
+        config = photos_training(output, quantizer, steps)
+        tokenizer = dataclasses.replace(config.task.tokenizer, image_size=16, channels=8, residual_blocks=1)
+        task = dataclasses.replace(config.task, data=photos.PhotoCrops(16), tokenizer=tokenizer)
+        return dataclasses.replace(config, task=task, optimizer=OptimizerConfig())
+
+    photos_training = photos_recipe.photos_training
+    monkeypatch.setattr(photos_recipe, "photos_training", small_training)
+    monkeypatch.setattr(photos, "fixed_crops", lambda split, size: np.zeros((2, size, size, 3), np.uint8))
+    two = ("fsq", "lfq")
+    command = ["tokenizer", "train", str(EXPERIMENTS / "compare_quantizers.py"), "--output", str(tmp_path)]
+    main([*command, "--steps", "2", "--quantizers", "fsq"])
+    trained = (tmp_path / "fsq" / "weights.safetensors").stat()
+    main([*command, "--steps", "2", "--quantizers", *two])
+    assert (tmp_path / "fsq" / "weights.safetensors").stat() == trained
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["steps"] == 2 and list(results["quantizers"]) == ["fsq", "lfq"]
+    assert {"psnr", "ssim", "usage", "perplexity", "training_seconds"} <= set(results["quantizers"]["lfq"])
+    assert {quantizer.codebook_size for quantizer in photos_recipe.QUANTIZERS.values()} == {512}
+    with pytest.raises(UsageError, match="vq-gan"):
+        photos_recipe.QuantizerComparison(quantizers=("vq-gan",))
