@@ -27,7 +27,7 @@ setup(
     ],
     package_dir={"omni": "omni", "omni_tokenizers": "tokenizers/omni_tokenizers"},
     include_package_data=True,
-    package_data={"omni": ["evaluate/templates/*", "recipes/models/**/*"]},
+    package_data={"omni": ["evaluate/templates/*", "pages/templates/*", "train/templates/*", "recipes/models/**/*"]},
     entry_points={"console_scripts": ["omni=omni.cli:main"]},
     install_requires=[
         "array_record>=0.8,<0.9",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import jinja2
 from etils import epath
 
-from omni.evaluate import curves as drawing
+from omni.pages import curves as drawing
+from omni.pages import write_page
 
 MODALITIES = ("text", "image", "audio")
 FILE = "report.html"
@@ -32,29 +32,19 @@ def write_report(
       title: of the page.
       command: the command that made it.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("omni.evaluate"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "number": number, "duration": duration}
     charts = [drawing.chart(name, drawing.read_losses(path)) for name, path in curves.items()]
-    page = environment.get_template("report.html.j2").render(
-        title=title,
-        command=command,
-        results=results,
-        matrix=results.get("matrix", {}),
-        samples=samples,
-        charts=[chart for chart in charts if chart],
-        drawing=drawing,
-        modalities=_modalities(results),
-        longest_stage=max(results.get("seconds", {}).values(), default=0),
-    )
-    path = epath.Path(directory) / FILE
-    partial = path.parent / f"{FILE}.partial"
-    partial.write_text(page)
-    return partial.replace(path)
+    values = {
+        "title": title,
+        "command": command,
+        "results": results,
+        "matrix": results.get("matrix", {}),
+        "samples": samples,
+        "charts": [chart for chart in charts if chart],
+        "modalities": _modalities(results),
+        "longest_stage": max(results.get("seconds", {}).values(), default=0),
+    }
+    filters = {"percent": percent, "number": number, "duration": duration}
+    return write_page(epath.Path(directory) / FILE, "omni.evaluate", "report.html.j2", values, filters)
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +10,7 @@ from omni.bundle import Model
 from omni.evaluate.data import EvaluationData, draw_inputs, seed_of
 from omni.evaluate.replies import Progress, ask
 from omni.evaluate.settings import EvaluationSettings
+from omni.pages import described
 from omni.parts import Part, Text
 from omni.reply import Reply
 
@@ -19,8 +19,8 @@ def sample(inputs: Sequence[Part], outputs: Sequence[Part], title: str = "") -> 
     """An input and what came of it; pictures and sounds as data URIs."""
     return {
         "title": title,
-        "input": [_described(part) for part in inputs],
-        "output": [_described(part) for part in outputs],
+        "input": [described(part) for part in inputs],
+        "output": [described(part) for part in outputs],
     }
 
 
@@ -52,16 +52,3 @@ def _together(
         columns.append([parts[labels.tolist().index(label)] for label in (7 % len(data.words), 3 % len(data.words))])
     prompts = [list(prompt) for prompt in zip(*columns, strict=True)]
     return list(zip(ask(model, prompts, want, settings, "together", progress), prompts, strict=True))
-
-
-def _described(part: Part) -> dict[str, str]:
-    match part.modality:
-        case "text":
-            return {"modality": "text", "text": part.text}
-        case "image":
-            return {"modality": "image", "source": _data_uri("image/png", part.to_png_bytes())}
-    return {"modality": "audio", "source": _data_uri("audio/wav", part.to_wav_bytes())}
-
-
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -37,7 +38,8 @@ from omni.train import run_directory
 from omni.train.checkpoints import Checkpoints
 from omni.train.metrics import MetricsLog, mean
 from omni.train.optimizer import OptimizerConfig
-from omni.train.step import TrainState, make_state, make_train_step, make_validation_step
+from omni.train.page import Page
+from omni.train.step import TrainState, make_gallery_step, make_state, make_train_step, make_validation_step
 from omni.train.task import Batch, Task
 from omni_tokenizers.errors import OmniError, UsageError
 
@@ -121,13 +123,20 @@ def train(config: TrainConfig) -> TrainState | None:
             raise UsageError(f"{output} is at step {start} already; steps is {config.steps}")
         logger.info("%s: goes on from step %d", output, start)
 
-    train_step = jax.jit(
-        make_train_step(graphdef, task, config.optimizer, config.steps, config.seed),
-        in_shardings=(shardings, rows),
-        out_shardings=(shardings, replicated(mesh)),
-        donate_argnums=0,
-    )
+    @functools.cache
+    def train_step(adversarial: bool):
+        return jax.jit(
+            make_train_step(graphdef, task, config.optimizer, config.steps, config.seed, adversarial=adversarial),
+            in_shardings=(shardings, rows),
+            out_shardings=(shardings, replicated(mesh)),
+            donate_argnums=0,
+        )
+
     validation = task.validation()
+    gallery = task.gallery()
+    if gallery:
+        page = Page(output, gallery, averaged=config.optimizer.ema_decay > 0)
+        gallery_step = jax.jit(make_gallery_step(graphdef, gallery), out_shardings=replicated(mesh))
     validation_step = jax.jit(make_validation_step(graphdef, task), out_shardings=replicated(mesh))
 
     progress = tqdm(
@@ -142,7 +151,8 @@ def train(config: TrainConfig) -> TrainState | None:
     log = MetricsLog(output if first else None, start)
     with activations_on(mesh, rules), checkpoints, log, progress, interruptible() as interrupted:
         for step in range(start + 1, config.steps + 1):
-            state, metrics = train_step(state, place(next(data), rows, config.batch_size))
+            adversarial = task.adversary is not None and step > task.adversary.start
+            state, metrics = train_step(adversarial)(state, place(next(data), rows, config.batch_size))
             window.append(metrics)
             if len(window) > 2:
                 jax.block_until_ready(window[-3])  # the host stays at most two steps ahead
@@ -153,7 +163,11 @@ def train(config: TrainConfig) -> TrainState | None:
             save = stop or step % config.checkpoint_every == 0 or step == config.steps
             if save or due:
                 values = mean(jax.device_get(window)) | {"steps_per_second": len(window) / (time.monotonic() - since)}
-                for name in ("loss", "gradient_norm"):  # the loss is from before the step, the gradient made the step
+                for name in (
+                    "loss",
+                    "gradient_norm",
+                    "critic/gradient_norm",
+                ):  # the loss is from before the step, the gradient made the step
                     if not math.isfinite(values.get(name, 0.0)):
                         raise OmniError(f"{output}: {name} at step {step} is not finite; lower the learning rate")
                 if save and validation:
@@ -164,6 +178,10 @@ def train(config: TrainConfig) -> TrainState | None:
                 window, since = [], time.monotonic()
             if save:
                 checkpoints.save(state, data.get_state())
+            if save and gallery:
+                made = np.asarray(gallery_step(state, place_whole(gallery.batch, rows)))
+                if first:
+                    page.add(step, made)
             if stop:
                 checkpoints.wait()
                 raise KeyboardInterrupt(f"interrupted; {output} is saved at step {step}: the same command goes on")

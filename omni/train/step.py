@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from omni.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from omni.train.task import Batch, Sum, Task
+from omni.train.task import Batch, Gallery, Sum, Task
 
 Metrics = dict[str, Sum]
 
@@ -40,47 +41,100 @@ class TrainState:
     """Running mean of the parameters."""
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["params", "rest", "optimizer"], meta_fields=[])
+@dataclass
+class CriticState:
+    """All that changes in a critic, as in `TrainState`."""
+
+    params: nnx.State
+    rest: nnx.State
+    optimizer: Any
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "params", "rest", "optimizer", "ema", "critic"],
+    meta_fields=[],
+)
+@dataclass
+class AdversarialState(TrainState):
+    """The state of a task with an adversary; others keep the tree that their checkpoints have always had."""
+
+    critic: CriticState
+
+
 def make_state(task: Task, config: OptimizerConfig, steps: int, seed: int) -> tuple[nnx.GraphDef, TrainState]:
     """The structure of the net and the state before the first step; pure, so that it can be compiled and sharded."""
     graphdef, params, rest = nnx.split(task.build(nnx.Rngs(seed)), nnx.Param, ...)
     optimizer = make_optimizer(config, steps).init(params)
     ema = params if config.ema_decay else None
-    return graphdef, TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer, ema)
+    state = (jnp.zeros((), jnp.int32), params, rest, optimizer, ema)
+    if task.adversary is None:
+        return graphdef, TrainState(*state)
+    return graphdef, AdversarialState(*state, make_critic(task, steps, seed)[1])
+
+
+def make_critic(task: Task, steps: int, seed: int) -> tuple[nnx.GraphDef, CriticState]:
+    """The structure of the task's critic and its state before its first step."""
+    key = jax.random.fold_in(jax.random.key(seed), 0xFFFFFFFF)  # a number that no step has
+    graphdef, params, rest = nnx.split(task.build_critic(nnx.Rngs(key)), nnx.Param, ...)
+    return graphdef, CriticState(params, rest, make_optimizer(task.adversary.optimizer, steps).init(params))
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, task: Task, config: OptimizerConfig, steps: int, seed: int
+    graphdef: nnx.GraphDef, task: Task, config: OptimizerConfig, steps: int, seed: int, *, adversarial: bool = False
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function of one step, to be compiled: (state, batch) -> (state, metrics).
 
     The random key of a step depends on the seed and its number alone. Metrics are the task's, `loss`, `gradient_norm`
-    (before clipping) and `learning_rate`.
+    (before clipping) and `learning_rate`; of a critic the same, as `critic/loss` and so on.
+
+    Args:
+      adversarial: whether the critic takes part; net and critic then move at once, from one forward pass of the net
+        that both judge as it was. Otherwise the critic stays as it is.
     """
-    optimizer, schedule = make_optimizer(config, steps), make_schedule(config, steps)
+    if adversarial:
+        critic_graphdef = jax.eval_shape(lambda: make_critic(task, steps, seed))[0]
+        critic_steps = steps - task.adversary.start
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        gradient, rest, metrics = accumulate(graphdef, task, config.accumulation, state, batch, key)
-        norm = optax.global_norm(gradient)
-        if config.clip_norm:
-            shrink = jnp.minimum(1, config.clip_norm / jnp.maximum(norm, 1e-12))
-            gradient = jax.tree.map(lambda g: g * shrink, gradient)
-        updates, moments = optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema and running_mean(state.ema, params, config.ema_decay, state.step)
-        metrics |= {"gradient_norm": (norm, jnp.ones(())), "learning_rate": (schedule(state.step), jnp.ones(()))}
-        return TrainState(state.step + 1, params, rest, moments, ema), metrics
+        changed = {"step": state.step + 1}
+        if adversarial:
+            gradient, changed["rest"], critic_gradient, critic_rest, metrics = accumulate_both(
+                graphdef, critic_graphdef, task, config.accumulation, state, batch, key
+            )
+            own, critic, step = task.adversary.optimizer, state.critic, state.step - task.adversary.start
+            params, moments, more = descend(own, critic_steps, step, critic_gradient, critic.optimizer, critic.params)
+            changed["critic"] = CriticState(params, critic_rest, moments)
+            metrics |= {f"critic/{name}": value for name, value in more.items()}
+        else:
+            gradient, changed["rest"], metrics = accumulate(graphdef, task, config.accumulation, state, batch, key)
+        params, moments, more = descend(config, steps, state.step, gradient, state.optimizer, state.params)
+        changed |= {"params": params, "optimizer": moments}
+        changed["ema"] = state.ema and running_mean(state.ema, params, config.ema_decay, state.step)
+        return dataclasses.replace(state, **changed), metrics | more
 
     return train_step
+
+
+def descend(
+    config: OptimizerConfig, steps: int, step: Int[Array, ""], gradient: nnx.State, moments: Any, params: nnx.State
+) -> tuple[nnx.State, Any, Metrics]:
+    """(parameters, moments, metrics) after one step of the optimizer of a run of `steps` steps."""
+    norm = optax.global_norm(gradient)
+    if config.clip_norm:
+        shrink = jnp.minimum(1, config.clip_norm / jnp.maximum(norm, 1e-12))
+        gradient = jax.tree.map(lambda g: g * shrink, gradient)
+    updates, moments = make_optimizer(config, steps).update(gradient, moments, params)
+    metrics = {"gradient_norm": norm, "learning_rate": make_schedule(config, steps)(step)}
+    return optax.apply_updates(params, updates), moments, {name: (x, jnp.ones(())) for name, x in metrics.items()}
 
 
 def accumulate(
     graphdef: nnx.GraphDef, task: Task, microbatches: int, state: TrainState, batch: Batch, key: Array
 ) -> tuple[nnx.State, nnx.State, Metrics]:
-    """(gradient, rest, metrics) of a batch: sums over microbatches, the gradient divided by the summed weights.
-
-    Row r belongs to microbatch r % microbatches, so that every device keeps its own rows.
-    """
+    """(gradient, rest, metrics) of a batch: sums over microbatches, the gradient divided by the summed weights."""
 
     def total(params: nnx.State, rest: nnx.State, batch: Batch, key: Array):
         model = nnx.merge(graphdef, params, rest, copy=True)  # variables of this trace, to be changed in it
@@ -92,26 +146,74 @@ def accumulate(
         gradient, (rest, metrics) = jax.grad(total, has_aux=True)(state.params, rest, batch, key)
         return rest, (gradient, jax.tree.map(jnp.float32, metrics))
 
-    if microbatches == 1:
-        rest, sums = microbatch(state.rest, batch, key)
-    else:
+    rest, (gradient, metrics) = over_microbatches(microbatch, microbatches, state.rest, batch, key)
+    return divided(gradient, metrics["loss"][1]), rest, metrics
 
-        def body(carry, xs):
-            rest, sums = carry
-            rest, more = microbatch(rest, *xs)
-            return (rest, jax.tree.map(jnp.add, sums, more)), None
 
-        split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
-        keys = jax.random.split(key, microbatches)
-        first = jax.tree.map(lambda x: x[0], (split, keys))
-        zeros = jax.tree.map(
-            lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(microbatch, state.rest, *first)[1]
-        )
-        (rest, sums), _ = jax.lax.scan(body, (state.rest, zeros), (split, keys))
-    gradient, metrics = sums
-    weight = metrics["loss"][1]
-    scale = jnp.where(weight > 0, 1 / weight, 0)  # a batch without a weighted token moves nothing
-    return jax.tree.map(lambda g: g * scale, gradient), rest, metrics
+def accumulate_both(
+    graphdef: nnx.GraphDef,
+    critic_graphdef: nnx.GraphDef,
+    task: Task,
+    microbatches: int,
+    state: TrainState,
+    batch: Batch,
+    key: Array,
+) -> tuple[nnx.State, nnx.State, nnx.State, nnx.State, Metrics]:
+    """As `accumulate` for a net and its critic: (gradient, rest, critic's gradient, critic's rest, metrics)."""
+
+    def total(params: nnx.State, rest: nnx.State, critic_rest: nnx.State, batch: Batch, key: Array):
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        critic = nnx.merge(critic_graphdef, state.critic.params, critic_rest, copy=True)
+        (total, weight, metrics), shown = task.adversarial_loss(model, critic, batch, key)
+        rest = nnx.state(model, nnx.Not(nnx.Param))
+        return total, (rest, {**metrics, "loss": (total, weight)}, shown)
+
+    def critic_total(params: nnx.State, rest: nnx.State, shown: Any):
+        critic = nnx.merge(critic_graphdef, params, rest, copy=True)
+        total, weight, metrics = task.critic_loss(critic, shown)
+        return total, (nnx.state(critic, nnx.Not(nnx.Param)), {**metrics, "critic/loss": (total, weight)})
+
+    def microbatch(rests: tuple[nnx.State, nnx.State], batch: Batch, key: Array):
+        rest, critic_rest = rests
+        gradient, (rest, metrics, shown) = jax.grad(total, has_aux=True)(state.params, rest, critic_rest, batch, key)
+        learn = jax.grad(critic_total, has_aux=True)
+        critic_gradient, (critic_rest, more) = learn(state.critic.params, critic_rest, shown)
+        return (rest, critic_rest), (gradient, critic_gradient, jax.tree.map(jnp.float32, metrics | more))
+
+    start = (state.rest, state.critic.rest)
+    (rest, critic_rest), sums = over_microbatches(microbatch, microbatches, start, batch, key)
+    gradient, critic_gradient, metrics = sums
+    gradient = divided(gradient, metrics["loss"][1])
+    critic_gradient = divided(critic_gradient, metrics["critic/loss"][1])
+    return gradient, rest, critic_gradient, critic_rest, metrics
+
+
+def over_microbatches(microbatch: Callable, number: int, carry: Any, batch: Batch, key: Array) -> tuple[Any, Any]:
+    """The last carry of, and the sum of all that is returned by `microbatch(carry, rows, key) -> (carry, sums)`.
+
+    Row r belongs to microbatch r % number, so that every device keeps its own rows.
+    """
+    if number == 1:
+        return microbatch(carry, batch, key)
+
+    def body(state, xs):
+        carry, sums = state
+        carry, more = microbatch(carry, *xs)
+        return (carry, jax.tree.map(jnp.add, sums, more)), None
+
+    split = jax.tree.map(lambda x: x.reshape(-1, number, *x.shape[1:]).swapaxes(0, 1), batch)
+    keys = jax.random.split(key, number)
+    first = jax.tree.map(lambda x: x[0], (split, keys))
+    zeros = jax.tree.map(
+        lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(microbatch, carry, *first)[1]
+    )
+    return jax.lax.scan(body, (carry, zeros), (split, keys))[0]
+
+
+def divided(gradient: nnx.State, weight: Float[Array, ""]) -> nnx.State:
+    """The gradient of the mean; a batch in which nothing has weight moves nothing."""
+    scale = jnp.where(weight > 0, 1 / weight, 0)
+    return jax.tree.map(lambda g: g * scale, gradient)
 
 
 def running_mean(ema: nnx.State, params: nnx.State, decay: float, step: Int[Array, ""]) -> nnx.State:
@@ -124,8 +226,18 @@ def make_validation_step(graphdef: nnx.GraphDef, task: Task) -> Callable[[TrainS
     """The function that measures a batch with the averaged parameters, where there are some; nothing changes."""
 
     def validation_step(state: TrainState, batch: Batch) -> Metrics:
-        model = nnx.merge(graphdef, state.ema or state.params, state.rest, copy=True)
+        model = averaged(graphdef, state)
         total, weight, metrics = task.loss(model, batch, jax.random.key(0), training=False)
         return {**metrics, "loss": (total, weight)}
 
     return validation_step
+
+
+def make_gallery_step(graphdef: nnx.GraphDef, gallery: Gallery) -> Callable[[TrainState, Batch], Array]:
+    """The function that makes what the run's page shows, with the averaged parameters too; nothing changes."""
+    return lambda state, batch: gallery.make(averaged(graphdef, state), batch)
+
+
+def averaged(graphdef: nnx.GraphDef, state: TrainState) -> nnx.Module:
+    """The net with averaged parameters, where there are some."""
+    return nnx.merge(graphdef, state.ema or state.params, state.rest, copy=True)

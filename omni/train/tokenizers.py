@@ -2,34 +2,122 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import abc
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
 
 import grain
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from omni.data.examples import Examples
-from omni.train.task import Batch, Sum, Task
+from omni.pages.spectrogram import spectrogram
+from omni.parts import Audio, Image, Part
+from omni.train.run_directory import write_json
+from omni.train.task import Adversary, Batch, Gallery, Loss, Task
 from omni_tokenizers.audio import AudioTokenizer, AudioTokenizerConfig
 from omni_tokenizers.base import NetTokenizer
+from omni_tokenizers.discriminators import PatchDiscriminatorConfig, STFTDiscriminatorConfig
+from omni_tokenizers.encodec import EncodecConfig, EncodecTokenizer
+from omni_tokenizers.errors import UsageError
 from omni_tokenizers.image import ImageTokenizer, ImageTokenizerConfig, normalized
+from omni_tokenizers.losses.adversarial import adaptive_weight, deception, feature_matching, hinge
 from omni_tokenizers.losses.audio import AudioLosses
 from omni_tokenizers.losses.image import ImageLosses
+from omni_tokenizers.losses.perceptual import PREPROCESSING, PerceptualDistance, sha256
+from omni_tokenizers.quantizers import Quantized
+from omni_tokenizers.vqgan import VQGANConfig, VQGANTokenizer, as_pixels
 from omni_tokenizers.waveform import whole_frames
 
-IMAGE_TOKENIZERS: tuple[type[NetTokenizer], ...] = (ImageTokenizer,)
-AUDIO_TOKENIZERS: tuple[type[NetTokenizer], ...] = (AudioTokenizer,)
+_say_once = functools.cache(logging.getLogger(__name__).info)
+_SHOWN = 6  # examples on the run's page
+
+ComputeType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class TokenizerAdversary(Adversary):
+    """A discriminator against a tokenizer."""
+
+    weight: float = 1.0
+    """Weight of the adversarial loss."""
+    adaptive: bool = False
+    """Whether that weight is multiplied by how much larger the gradient of the other losses is at the decoder's last
+    layer (VQGAN); in a microbatch, this is the microbatch's own."""
+    features: float = 0.0
+    """Weight of the difference of the discriminator's features."""
+
+
+@dataclass(frozen=True)
+class ImageAdversary(TokenizerAdversary):
+    """The defaults are VQGAN's: PatchGAN, adaptive weight times 0.8."""
+
+    weight: float = 0.8
+    adaptive: bool = True
+    discriminator: PatchDiscriminatorConfig = field(default_factory=PatchDiscriminatorConfig)
+    """The discriminator."""
+
+
+@dataclass(frozen=True)
+class AudioAdversary(TokenizerAdversary):
+    """The defaults are EnCodec's discriminator and DAC's proportions: 1 and 2 to 45.6 of `AudioLosses`' mel term."""
+
+    weight: float = 1 / 45.6
+    features: float = 2 / 45.6
+    discriminator: STFTDiscriminatorConfig = field(default_factory=STFTDiscriminatorConfig)
+    """The discriminator."""
 
 
 class TokenizerTask(Task):
-    """What the two tasks share: a net that its tokenizer's configuration describes, and its examples."""
+    """What the two tasks share: a net that its tokenizer's configuration describes, its examples, its critic."""
 
+    tokenizers: ClassVar[tuple[type[NetTokenizer], ...]]
+    """The classes that can be trained."""
     data: Examples
-    tokenizer: object
-    tokenizers: tuple[type[NetTokenizer], ...]
-    """The classes that this task can train."""
+    tokenizer: Any
+    losses: Any
+    adversary: TokenizerAdversary | None
+    compute_dtype: ComputeType
+
+    def __post_init__(self) -> None:
+        names = [each.config_class.__name__ for each in self.tokenizers]
+        if type(self.tokenizer).__name__ not in names:
+            raise UsageError(f"{type(self).__name__} trains {' and '.join(names)}, not {type(self.tokenizer).__name__}")
+        if self.compute_dtype not in get_args(ComputeType):
+            raise UsageError(f"compute_dtype is {self.compute_dtype!r}; choose {' or '.join(get_args(ComputeType))}")
+        if self.losses is not None and self.tokenizer.losses != type(self.losses)():
+            raise UsageError("the tokenizer's own loss settings would do nothing beside losses; leave them as they are")
+
+    @abc.abstractmethod
+    def prepared(self, batch: Batch) -> dict[str, Array]:
+        """A batch as the net takes it: "original", what is to be reconstructed, "counts", 1 for each example that is
+        not empty, and what else `reconstruct` and `compare` need."""
+
+    @abc.abstractmethod
+    def reconstruct(
+        self, model: nnx.Module, given: dict[str, Array], key: PRNGKeyArray, *, training: bool
+    ) -> tuple[Array, Quantized]:
+        """Reconstructions of what was prepared, and what the quantiser says."""
+
+    @abc.abstractmethod
+    def compare(self, model: nnx.Module, estimate: Array, given: dict[str, Array], quantized: Quantized) -> Loss:
+        """All losses but the critic's."""
+
+    @abc.abstractmethod
+    def exhibits(self, values: np.ndarray, batch: dict[str, np.ndarray]) -> list[list[Part]]:
+        """Originals or reconstructions of a held-out batch as they are shown."""
+
+    @property
+    def chosen_losses(self) -> Any:
+        """The task's losses, or the tokenizer's."""
+        return self.losses or self.tokenizer.losses
 
     @property
     def tokenizer_class(self) -> type[NetTokenizer]:
@@ -39,55 +127,194 @@ class TokenizerTask(Task):
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         return self.tokenizer_class.net_class(self.tokenizer, rngs=rngs)
 
+    def build_critic(self, rngs: nnx.Rngs) -> nnx.Module:
+        return self.adversary.discriminator.make(rngs=rngs)
+
+    def loss(self, model: nnx.Module, batch: Batch, key: PRNGKeyArray, *, training: bool) -> Loss:
+        given = self.prepared(batch)
+        estimate, quantized = self._autoencode(model, given, key, training=training)
+        return self.compare(model, estimate, given, quantized)
+
+    def adversarial_loss(
+        self, model: nnx.Module, critic: nnx.Module, batch: Batch, key: PRNGKeyArray
+    ) -> tuple[Loss, dict[str, Array]]:
+        """The tokenizer's losses, and that of being told from originals, with the features' difference."""
+        given, settings = self.prepared(batch), self.adversary
+        if settings.adaptive:
+            estimate, quantized, to_last_kernel = self._autoencode_and_pull(model, given, key)
+        else:
+            estimate, quantized = self._autoencode(model, given, key, training=True)
+        total, weight, metrics = self.compare(model, estimate, given, quantized)
+
+        def judged(estimate: Array) -> tuple[Float[Array, ""], list[Array]]:
+            logits, features = critic(estimate)
+            return deception(logits) @ given["counts"], features
+
+        deceiving, features = judged(estimate)
+        factor = jnp.float32(settings.weight)
+        if settings.adaptive:
+            scale = 1 / jnp.maximum(weight, 1)  # of sums to means
+            others = jax.grad(lambda x: self.compare(model, x, given, quantized)[0] * scale)(estimate)
+            own = jax.grad(lambda x: judged(x)[0] * scale)(estimate)
+            factor = factor * adaptive_weight(to_last_kernel(others), to_last_kernel(own))
+        total += factor * deceiving
+        more = {"adversarial": deceiving, "adversarial_weight": factor * weight}
+        if settings.features:
+            more["features"] = feature_matching(critic(given["original"])[1], features) @ given["counts"]
+            total += settings.features * more["features"]
+        metrics |= {name: (value, weight) for name, value in more.items()}
+        shown = {"original": given["original"], "estimate": estimate, "counts": given["counts"]}
+        return (total, weight, metrics), shown
+
+    def critic_loss(self, critic: nnx.Module, shown: dict[str, Array]) -> Loss:
+        """The hinge loss of telling reconstructions from originals."""
+        real, fake = critic(shown["original"])[0], critic(shown["estimate"])[0]
+        weight, counts = shown["counts"].sum(), shown["counts"]
+        metrics = {"critic/original": -deception(real) @ counts, "critic/reconstruction": -deception(fake) @ counts}
+        return hinge(real, fake) @ counts, weight, {name: (value, weight) for name, value in metrics.items()}
+
     def dataset(self, seed: int) -> grain.MapDataset:
         return self.data.dataset(seed)
 
     def validation(self) -> list[dict[str, np.ndarray]] | None:
         return self.data.held_out()
 
+    def gallery(self) -> Gallery | None:
+        batches = self.data.held_out()
+        if not batches:
+            return None
+        batch = {name: values[:_SHOWN] for name, values in batches[0].items()}
+
+        def make(model: nnx.Module, batch: Batch) -> Array:
+            return self._autoencode(model, self.prepared(batch), jax.random.key(0), training=False)[0]
+
+        originals = np.asarray(self.prepared(batch)["original"])
+        exhibits = functools.partial(self.exhibits, batch=batch)
+        return Gallery(batch, exhibits(originals), make, exhibits)
+
     def save(self, model: nnx.Module, directory: epath.Path) -> None:
         """Writes what `omni_tokenizers.load` reads."""
         self.tokenizer_class(self.tokenizer, model).save(directory)
+
+    def _autoencode(
+        self, model: nnx.Module, given: dict[str, Array], key: PRNGKeyArray, *, training: bool
+    ) -> tuple[Array, Quantized]:
+        """As `reconstruct`, in the compute type; parameters and the whole quantiser stay float32."""
+        if self.compute_dtype == "float32":
+            return self.reconstruct(model, given, key, training=training)
+        graphdef, quantizer, params, rest = nnx.split(model, _within("quantizer"), nnx.Param, ...)
+        params = jax.tree.map(lambda x: x.astype(self.compute_dtype), params)
+        net = nnx.merge(graphdef, quantizer, params, rest, copy=True)
+        estimate, quantized = self.reconstruct(net, given, key, training=training)
+        nnx.update(model, nnx.state(net, nnx.Not(nnx.Param)))
+        return estimate.astype(jnp.float32), quantized
+
+    def _autoencode_and_pull(
+        self, model: nnx.Module, given: dict[str, Array], key: PRNGKeyArray
+    ) -> tuple[Array, Quantized, Callable[[Array], nnx.State]]:
+        """As `_autoencode` in training, and what turns a reconstruction's gradient into that of the last kernel."""
+        last_kernel = _within(*model.last_layer, "kernel")
+        graphdef, last, others = nnx.split(model, last_kernel, ...)
+
+        def forward(last: nnx.State):
+            net = nnx.merge(graphdef, last, others, copy=True)
+            estimate, quantized = self._autoencode(net, given, key, training=True)
+            return estimate, (quantized, nnx.state(net, nnx.Not(nnx.Param)))
+
+        estimate, pull, (quantized, rest) = jax.vjp(forward, last, has_aux=True)
+        nnx.update(model, rest)
+        return estimate, quantized, lambda gradient: pull(gradient)[0]
 
 
 @dataclass(frozen=True)
 class ImageTokenizerTask(TokenizerTask):
     """A tokenizer of pictures."""
 
+    tokenizers = (ImageTokenizer, VQGANTokenizer)
     data: Examples
     """Pictures."""
-    tokenizer: ImageTokenizerConfig
+    tokenizer: ImageTokenizerConfig | VQGANConfig
     """The net and its quantiser."""
     losses: ImageLosses | None = None
     """What a reconstruction is judged by; None: as the tokenizer's configuration has it."""
+    adversary: ImageAdversary | None = None
+    """A discriminator that judges it besides."""
+    compute_dtype: ComputeType = "float32"
+    """Type of the net's matrix products; parameters, quantiser, losses and discriminator are float32."""
 
-    tokenizers = IMAGE_TOKENIZERS
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        net = super().build(rngs)
+        if path := self.chosen_losses.perceptual_weights:
+            net.perceptual = PerceptualDistance.read(path)  # in the state, so that no program holds it as constants
+        else:
+            _say_once("perceptual loss: off (no weights given)")
+        return net
 
-    def loss(
-        self, model: nnx.Module, batch: Batch, key: PRNGKeyArray, *, training: bool
-    ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Sum]]:
-        image = normalized(batch["image"])
-        estimate, quantized = model.autoencode(image, key, training=training)
-        return (self.losses or self.tokenizer.losses)(estimate, image, quantized)
+    def metadata(self) -> dict[str, dict[str, Any]]:
+        """What signs a result that a perceptual loss had a part in: whose weights, and how pictures went in."""
+        path = self.chosen_losses.perceptual_weights
+        return {"perceptual": {"sha256": sha256(path), "preprocessing": PREPROCESSING}} if path else {}
+
+    def save(self, model: nnx.Module, directory: epath.Path) -> None:
+        """As for every tokenizer; with a perceptual loss, perceptual.json beside it says of which weights."""
+        for name, content in self.metadata().items():
+            del model.perceptual
+            write_json(directory / f"{name}.json", content)
+        super().save(model, directory)
+
+    def prepared(self, batch: Batch) -> dict[str, Array]:
+        return {"original": normalized(batch["image"]), "counts": jnp.ones(len(batch["image"]))}
+
+    def reconstruct(
+        self, model: nnx.Module, given: dict[str, Array], key: PRNGKeyArray, *, training: bool
+    ) -> tuple[Float[Array, "batch height width 3"], Quantized]:
+        return model.autoencode(given["original"], key, training=training)
+
+    def compare(self, model: nnx.Module, estimate: Array, given: dict[str, Array], quantized: Quantized) -> Loss:
+        return self.chosen_losses(estimate, given["original"], quantized, getattr(model, "perceptual", None))
+
+    def exhibits(self, values: np.ndarray, batch: dict[str, np.ndarray]) -> list[list[Part]]:
+        return [[Image(pixels)] for pixels in np.asarray(as_pixels(values))]
 
 
 @dataclass(frozen=True)
 class AudioTokenizerTask(TokenizerTask):
     """A tokenizer of mono sound."""
 
+    tokenizers = (AudioTokenizer, EncodecTokenizer)
     data: Examples
     """Sounds, at the tokenizer's sample rate."""
-    tokenizer: AudioTokenizerConfig
+    tokenizer: AudioTokenizerConfig | EncodecConfig
     """The net and its quantiser."""
     losses: AudioLosses | None = None
     """What a reconstruction is judged by; None: as the tokenizer's configuration has it."""
+    adversary: AudioAdversary | None = None
+    """A discriminator that judges it besides; it hears clips with the silence after their ends."""
+    compute_dtype: ComputeType = "float32"
+    """Type of the net's matrix products; parameters, quantiser, losses and discriminator are float32."""
 
-    tokenizers = AUDIO_TOKENIZERS
-
-    def loss(
-        self, model: nnx.Module, batch: Batch, key: PRNGKeyArray, *, training: bool
-    ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Sum]]:
+    def prepared(self, batch: Batch) -> dict[str, Array]:
         audio, mask = whole_frames(batch["audio"], batch["length"], self.tokenizer.samples_per_frame)
-        estimate, quantized = model.autoencode(audio, batch["length"], key, training=training)
-        losses = self.losses or self.tokenizer.losses
-        return losses(estimate, audio, mask, quantized, self.tokenizer.sample_rate)
+        counts = (mask[:, 0] > 0).astype(jnp.float32)
+        return {"original": audio, "length": batch["length"], "mask": mask, "counts": counts}
+
+    def reconstruct(
+        self, model: nnx.Module, given: dict[str, Array], key: PRNGKeyArray, *, training: bool
+    ) -> tuple[Float[Array, "batch samples"], Quantized]:
+        return model.autoencode(given["original"], given["length"], key, training=training)
+
+    def compare(self, model: nnx.Module, estimate: Array, given: dict[str, Array], quantized: Quantized) -> Loss:
+        original, mask = given["original"], given["mask"]
+        return self.chosen_losses(estimate, original, mask, quantized, self.tokenizer.sample_rate)
+
+    def exhibits(self, values: np.ndarray, batch: dict[str, np.ndarray]) -> list[list[Part]]:
+        clips = [
+            Audio(np.clip(samples[None, :length], -1, 1), self.tokenizer.sample_rate)
+            for samples, length in zip(values, batch["length"], strict=True)
+        ]
+        return [[spectrogram(clip), clip] for clip in clips]
+
+
+def _within(*names: str) -> Callable[[tuple, Any], bool]:
+    """A filter of variables by the beginning of their path."""
+    return lambda path, _: path[: len(names)] == names

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omni.evaluate import evaluate, read_samples, write_report
-from omni.evaluate.curves import chart, read_losses
 from omni.evaluate.data import draw_inputs
 from omni.evaluate.matrix import cluster_interval, derangement, effective_count, wilson_interval
 from omni.evaluate.variety import fewest_differing
+from omni.pages.curves import chart, read_losses
 
 
 def test_wilson_interval():

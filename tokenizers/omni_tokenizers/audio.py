@@ -116,6 +116,9 @@ class FrameBlock(nnx.Module):
 class SpectralCodec(nnx.Module):
     """The codec's network. Frames past a clip's end are masked in every block, so padding changes nothing."""
 
+    last_layer = ("head",)
+    """Path of the layer that makes spectra."""
+
     def __init__(self, config: AudioTokenizerConfig, *, rngs: nnx.Rngs):
         self.config = config
         dim, grouped = config.dim, config.dim * config.downsample
@@ -135,7 +138,8 @@ class SpectralCodec(nnx.Module):
         config = self.config
         mel = log_mel(audio, config.sample_rate, config.window, config.hop, config.mels)
         inner = jnp.repeat(mask, config.downsample, axis=1)[..., None]
-        x = self.enter(mel)
+        x = self.enter(mel.astype(self.enter.kernel.dtype))
+        inner = inner.astype(x.dtype)
         for block in self.encoder:
             x = block(x, inner)
         return self.down(x.reshape(*mask.shape, -1))
@@ -148,8 +152,8 @@ class SpectralCodec(nnx.Module):
         inner = jnp.repeat(mask, config.downsample, axis=1)
         x = self.up(vectors).reshape(*inner.shape, config.dim)
         for block in self.decoder:
-            x = block(x, inner[..., None])
-        level, cosine, sine = jnp.split(self.head(self.norm(x)), 3, axis=-1)
+            x = block(x, inner[..., None].astype(x.dtype))
+        level, cosine, sine = jnp.split(self.head(self.norm(x)).astype(jnp.float32), 3, axis=-1)
         # A full-scale constant reaches window / 2 under a Hann window: no bin of a sound within [-1, 1] is larger.
         size = jnp.exp(jnp.minimum(level, np.log(config.window / 2)))
         norm = jax.lax.rsqrt(jnp.square(cosine) + jnp.square(sine) + 1e-6)

@@ -213,7 +213,7 @@ class DacTokenizer(WaveformTokenizer):
     @property
     def code_vectors(self) -> tuple[Float[np.ndarray, "codes code_dim"], ...]:
         """The vectors of each level's codes, float32."""
-        return tuple(np.asarray(level.codebook()) for level in self.net.quantizer.levels)
+        return tuple(np.asarray(book) for book in self.net.quantizer.codebooks())
 
 
 def _convolution(

@@ -105,9 +105,10 @@ class TimeGroupNorm(nnx.Module):
         self, x: Float[Array, "batch time channels"], lengths: Int[Array, " batch"]
     ) -> Float[Array, "batch time channels"]:
         count = (jnp.maximum(lengths, 1) * x.shape[-1])[:, None, None]
-        mean = silenced(x, lengths).sum((1, 2), keepdims=True) / count
-        variance = jnp.square(silenced(x - mean, lengths)).sum((1, 2), keepdims=True) / count
-        return (x - mean) * jax.lax.rsqrt(variance + 1e-5) * self.scale[...] + self.bias[...]
+        wide = x.astype(jnp.float32)
+        mean = silenced(wide, lengths).sum((1, 2), keepdims=True) / count
+        variance = jnp.square(silenced(wide - mean, lengths)).sum((1, 2), keepdims=True) / count
+        return ((wide - mean) * jax.lax.rsqrt(variance + 1e-5) * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 def silenced(x: Float[Array, "batch time channels"], lengths: Int[Array, " batch"]) -> Array:

@@ -13,14 +13,16 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from omni_tokenizers.codebooks import Codebook, ResidualCodebooks
+from omni_tokenizers.codebooks import Codebook, LearnedCodebooks, ResidualCodebooks
 from omni_tokenizers.codes import Codes
 from omni_tokenizers.edges import silenced
 from omni_tokenizers.errors import OmniError, UsageError
+from omni_tokenizers.losses.audio import AudioLosses
+from omni_tokenizers.quantizers import LevelledQuantizerConfig, Quantized, check_replaced
 from omni_tokenizers.seanet import SEANetConfig, SEANetDecoder, SEANetEncoder
-from omni_tokenizers.waveform import WaveformTokenizer, checked_lengths
+from omni_tokenizers.waveform import WaveformTokenizer, checked_lengths, whole_frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +41,15 @@ class EncodecConfig(SEANetConfig):
     """Length of the chunks that are encoded apart; 0 encodes clips whole."""
     overlap: float = 0.0
     """Share of a chunk that the next one repeats."""
+    quantizer: LevelledQuantizerConfig | None = None
+    """What learns the codes, in place of codebook_size and bandwidths; None = codebooks that do not learn, as public
+    weights bring them."""
 
     def __post_init__(self):
         super().__post_init__()
+        check_replaced(self, ("codebook_size", "bandwidths"))
+        if self.quantizer is not None and self.quantizer.dim != self.dim:
+            raise UsageError(f"the quantizer takes latents of width {self.quantizer.dim}, the codec's have {self.dim}")
         bits = self.codebook_size.bit_length() - 1
         if self.codebook_size < 2 or self.codebook_size != 1 << bits or bits > 20:
             raise UsageError(f"codebook_size must be a power of two from 2 to 2^20, got {self.codebook_size}")
@@ -64,8 +72,15 @@ class EncodecConfig(SEANetConfig):
 
     @property
     def codebooks(self) -> int:
-        """Levels of the residual codebooks: what the highest bandwidth pays for."""
+        """Levels of the residual codebooks: the quantiser's, or what the highest bandwidth pays for."""
+        if self.quantizer is not None:
+            return len(self.quantizer.codebook_sizes)
         return int(1000 * self.bandwidths[-1] // (self.frame_rate * (self.codebook_size.bit_length() - 1)))
+
+    @property
+    def losses(self) -> AudioLosses:
+        """What a training has where it names no others."""
+        return AudioLosses()
 
     @property
     def chunk(self) -> int:
@@ -92,30 +107,65 @@ class EncodecConfig(SEANetConfig):
 class EncodecNet(nnx.Module):
     """Encoder, residual codebooks and decoder of one chunk."""
 
+    last_layer = ("decoder", "leave")
+    """Path of the layer that makes samples."""
+
     def __init__(self, config: EncodecConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.encoder = SEANetEncoder(config, rngs=rngs)
-        self.quantizer = ResidualCodebooks(
-            Codebook(config.codebook_size, config.dim, rngs=rngs) for _ in range(config.codebooks)
-        )
+        if config.quantizer is None:
+            books = (Codebook(config.codebook_size, config.dim, rngs=rngs) for _ in range(config.codebooks))
+            self.quantizer = ResidualCodebooks(books)
+        else:
+            self.quantizer = LearnedCodebooks(config.quantizer, rngs=rngs)
         self.decoder = SEANetDecoder(config, rngs=rngs)
 
     def encode(
         self, audio: Float[Array, "batch samples channels"], lengths: Int[Array, " batch"], codebooks: int
     ) -> tuple[Int[Array, "batch codebooks frames"], Float[Array, " batch"]]:
         """Codes of the first `codebooks` levels, and what each clip was divided by."""
+        latents, scales = self.latents(audio, lengths)
+        return self.quantizer.encode(latents, codebooks), scales
+
+    def latents(
+        self, audio: Float[Array, "batch samples channels"], lengths: Int[Array, " batch"]
+    ) -> tuple[Float[Array, "batch frames dim"], Float[Array, " batch"]]:
+        """Vectors to quantise, and what each clip was divided by."""
         scales = jnp.ones(len(audio))
         if self.config.normalize:
             mono = silenced(audio, lengths).mean(2)
             scales = jnp.sqrt(jnp.square(mono).sum(1) / jnp.maximum(lengths, 1)) + 1e-8
             audio = audio / scales[:, None, None]
-        return self.quantizer.encode(self.encoder(audio, lengths), codebooks), scales
+        return self.encoder(audio.astype(self.encoder.enter.kernel.dtype), lengths), scales
 
     def decode(
         self, ids: Int[Array, "batch codebooks frames"], frames: Int[Array, " batch"], scales: Float[Array, " batch"]
     ) -> Float[Array, "batch samples channels"]:
         """Sound of the first `frames` frames of codes; what follows them is undefined."""
         return self.decoder(self.quantizer.lookup(ids), frames) * scales[:, None, None]
+
+    def autoencode(
+        self,
+        audio: Float[Array, "batch samples"],
+        length: Int[Array, " batch"],
+        key: PRNGKeyArray | None,
+        *,
+        training: bool,
+    ) -> tuple[Float[Array, "batch padded"], Quantized]:
+        """Reconstructions, in whole frames, of mono clips that are `length` samples long, and what the quantiser says;
+        `training` moves its codebooks. Frames past a clip's end count in none of its statistics, and are silent.
+
+        Raises:
+            UsageError: codebooks that do not learn, or stereo.
+        """
+        if self.config.quantizer is None or self.config.channels != 1:
+            raise UsageError("an EnCodec is trained on mono sound and with a quantizer; set those of its configuration")
+        audio, mask = whole_frames(audio, length, self.config.hop)
+        latents, scales = self.latents(audio[..., None], length)
+        quantized = self.quantizer(latents, key, training=training, weights=mask)
+        frames = mask.sum(1).astype(jnp.int32)
+        estimate = silenced(self.decoder(quantized.quantized, frames), frames * self.config.hop)
+        return estimate[..., 0] * scales[:, None], quantized
 
 
 class EncodecTokenizer(WaveformTokenizer):
@@ -128,10 +178,15 @@ class EncodecTokenizer(WaveformTokenizer):
     config_class = EncodecConfig
     net_class = EncodecNet
 
+    def __init__(self, config: EncodecConfig, net: EncodecNet):
+        super().__init__(config, net)
+        if config.quantizer is not None:
+            self.codebook_sizes = config.quantizer.codebook_sizes
+
     @property
     def code_vectors(self) -> tuple[Float[np.ndarray, "codes code_dim"], ...]:
         """The vectors of each level's codes, float32."""
-        return tuple(np.asarray(level.codebook()) for level in self.net.quantizer.levels)
+        return tuple(np.asarray(book) for book in self.net.quantizer.codebooks())
 
     def encode(
         self,
@@ -193,6 +248,8 @@ class EncodecTokenizer(WaveformTokenizer):
 
     def _paid_for(self, bandwidth: float, codebooks: int | None) -> int:
         """How many codebooks a bandwidth pays for."""
+        if self.config.quantizer is not None:
+            raise OmniError(f"this codec knows no bandwidths; ask for 1 to {self.codebooks} codebooks")
         if codebooks is not None or bandwidth not in self.config.bandwidths:
             known = ", ".join(f"{value:g}" for value in self.config.bandwidths)
             raise OmniError(f"give either codebooks or a bandwidth of {known} kbit/s; got {codebooks} and {bandwidth}")

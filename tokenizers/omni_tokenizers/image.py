@@ -121,6 +121,9 @@ class Convolution(nnx.Module):
 class ImageVQ(nnx.Module):
     """Encoder, quantiser and mirrored decoder."""
 
+    last_layer = ("head",)
+    """Path of the layer that makes pixels."""
+
     def __init__(self, config: ImageTokenizerConfig, *, rngs: nnx.Rngs):
         self.config = config
         widths = [config.channels * multiplier for multiplier in config.multipliers]
@@ -143,7 +146,7 @@ class ImageVQ(nnx.Module):
 
     def latents(self, image: Float[Array, "batch height width 3"]) -> Float[Array, "batch rows columns dim"]:
         """Continuous latents of images within [-1, 1]."""
-        x = self.stem(space_to_depth(image, self.config.patch_size))
+        x = self.stem(space_to_depth(image.astype(self.stem.kernel.dtype), self.config.patch_size))
         for stage, blocks in enumerate(self.encoder):
             x = self.down[stage - 1](space_to_depth(x, 2)) if stage else x
             for block in blocks:

@@ -1,7 +1,7 @@
 """Convolutions over channels-last arrays, which pad nothing: how an edge is padded is each codec's own affair.
 
 Kernels are [width, inputs, outputs] (1-D), [height, width, inputs, outputs] (2-D) and [time, height, width, inputs,
-outputs] (3-D).
+outputs] (3-D). Training on several devices may split them by outputs (axis "embed").
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Conv1d(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.stride, self.dilation, self.groups = stride, dilation, groups
-        self.kernel = nnx.Param(_initial(rngs.params(), (width, inputs // groups, outputs)))
+        self.kernel = nnx.Param(_initial(rngs.params(), (width, inputs // groups, outputs)), axes=(None, None, "embed"))
         self.bias = nnx.Param(jnp.zeros(outputs)) if use_bias else nnx.data(None)
 
     @property
@@ -72,7 +72,7 @@ class ConvTranspose1d(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.stride, self.groups = stride, groups
-        self.kernel = nnx.Param(_initial(rngs.params(), (width, inputs // groups, outputs)))
+        self.kernel = nnx.Param(_initial(rngs.params(), (width, inputs // groups, outputs)), axes=(None, None, "embed"))
         self.bias = nnx.Param(jnp.zeros(outputs)) if use_bias else nnx.data(None)
 
     def __call__(self, x: Float[Array, "batch frames inputs"]) -> Float[Array, "batch time outputs"]:
@@ -99,7 +99,9 @@ class Conv2d(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1, use_bias: bool = True, rngs: nnx.Rngs):
         self.stride = stride
-        self.kernel = nnx.Param(_initial(rngs.params(), (size, size, inputs, outputs)))
+        self.kernel = nnx.Param(
+            _initial(rngs.params(), (size, size, inputs, outputs)), axes=(None, None, None, "embed")
+        )
         self.bias = nnx.Param(jnp.zeros(outputs)) if use_bias else nnx.data(None)
 
     def __call__(self, x: Float[Array, "batch height width inputs"]) -> Float[Array, "batch rows columns outputs"]:
@@ -119,7 +121,9 @@ class Conv3d(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, size: tuple[int, int, int], *, time_stride: int = 1, rngs: nnx.Rngs):
         self.time_stride = time_stride
-        self.kernel = nnx.Param(_initial(rngs.params(), (*size, inputs, outputs)))
+        self.kernel = nnx.Param(
+            _initial(rngs.params(), (*size, inputs, outputs)), axes=(None, None, None, None, "embed")
+        )
         self.bias = nnx.Param(jnp.zeros(outputs))
 
     def __call__(

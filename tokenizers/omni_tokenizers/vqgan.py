@@ -16,14 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from omni_tokenizers.base import NetTokenizer
 from omni_tokenizers.codes import Codes, as_codes
 from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.image import normalized
 from omni_tokenizers.layers import Conv2d
-from omni_tokenizers.quantizers import CodebookState, nearest
+from omni_tokenizers.losses.image import ImageLosses
+from omni_tokenizers.quantizers import (
+    CodebookState,
+    Quantized,
+    SingleQuantizerConfig,
+    check_replaced,
+    make_quantizer,
+    nearest,
+)
 
 _GROUPS = 32
 _EPSILON = 1e-6
@@ -88,11 +96,25 @@ class VQGANConfig(PyramidConfig):
     """Whether latents and codes are scaled to unit length, before they are compared and before they are decoded."""
     has_decoder: bool = True
     """Whether there is a decoder; transformers' Chameleon has none."""
+    quantizer: SingleQuantizerConfig | None = None
+    """What learns the codes, in place of codebook_size, code_dim and normalized_codes; None = a codebook that does not
+    learn, as public weights bring it."""
 
     def __post_init__(self):
         super().__post_init__()
+        check_replaced(self, ("codebook_size", "code_dim", "normalized_codes"))
         if not 1 <= self.code_dim <= _LARGEST:
             raise UsageError(f"code_dim must lie in 1 to {_LARGEST}, got {self.code_dim}")
+
+    @property
+    def code_width(self) -> int:
+        """Width of what is quantised."""
+        return self.code_dim if self.quantizer is None else self.quantizer.dim
+
+    @property
+    def losses(self) -> ImageLosses:
+        """What a training has where it names no others."""
+        return ImageLosses()
 
     @property
     def strides(self) -> tuple[int, int]:
@@ -115,11 +137,11 @@ class GroupNorm(nnx.Module):
         self, x: Float[Array, "batch height width channels"], guide: Array | None = None
     ) -> Float[Array, "batch height width channels"]:
         """`guide` is for norms that stand in for this one and read more than `x`."""
-        groups = x.reshape(*x.shape[:3], _GROUPS, -1)
+        groups = x.reshape(*x.shape[:3], _GROUPS, -1).astype(jnp.float32)
         centred = groups - groups.mean((1, 2, 4), keepdims=True)
         variance = jnp.square(centred).mean((1, 2, 4), keepdims=True)
         unit = (centred * jax.lax.rsqrt(variance + _EPSILON)).reshape(x.shape)
-        return unit * self.scale[...] + self.bias[...]
+        return (unit * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 Norm = Callable[..., nnx.Module]
@@ -164,7 +186,8 @@ class AttentionBlock(nnx.Module):
         )
         highest = jax.lax.Precision.HIGHEST
         scores = jnp.einsum("bqc,bkc->bqk", query, key, precision=highest) / np.sqrt(channels)
-        y = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(scores, -1), value, precision=highest)
+        shares = jax.nn.softmax(scores.astype(jnp.float32), -1).astype(x.dtype)
+        y = jnp.einsum("bqk,bkc->bqc", shares, value, precision=highest)
         return x + self.output(y.reshape(x.shape))
 
 
@@ -276,34 +299,56 @@ class Decoder(nnx.Module):
 class VQGAN(nnx.Module):
     """Encoder, codebook and decoder."""
 
+    last_layer = ("decoder", "leave")
+    """Path of the layer that makes pixels."""
+
     def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.encoder = Encoder(config, rngs=rngs)
-        self.to_code = Conv2d(config.latent_channels, config.code_dim, 1, rngs=rngs)
-        self.codebook = CodebookState(jax.random.normal(rngs.params(), (config.codebook_size, config.code_dim)))
-        self.from_code = Conv2d(config.code_dim, config.latent_channels, 1, rngs=rngs)
+        self.to_code = Conv2d(config.latent_channels, config.code_width, 1, rngs=rngs)
+        if config.quantizer is None:
+            self.codebook = CodebookState(jax.random.normal(rngs.params(), (config.codebook_size, config.code_dim)))
+            self.quantizer = nnx.data(None)
+        else:
+            self.quantizer = make_quantizer(config.quantizer, rngs=rngs)
+        self.from_code = Conv2d(config.code_width, config.latent_channels, 1, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs) if config.has_decoder else nnx.data(None)
 
     def code_vectors(self) -> Float[Array, "codes code_dim"]:
         """What is compared and decoded for each code."""
-        return self._scaled(self.codebook[...])
+        return self._scaled(self.codebook[...]) if self.quantizer is None else self.quantizer.codebook()
 
     def latents(self, image: Float[Array, "batch height width 3"]) -> Float[Array, "batch rows columns code_dim"]:
         """Continuous latents, as they are compared to code vectors, of images within [-1, 1]."""
-        return self._scaled(self.to_code(self.encoder(image)))
+        return self._scaled(self.to_code(self.encoder(image.astype(self.to_code.kernel.dtype))))
 
     def quantize(self, latents: Float[Array, "*batch code_dim"]) -> Int[Array, "*batch"]:
         """Codes of latents."""
+        if self.quantizer is not None:
+            return self.quantizer(latents, training=False).codes
         codes, _ = nearest(latents.reshape(-1, latents.shape[-1]), self.code_vectors())
         return codes.reshape(latents.shape[:-1])
 
     def decoder_input(self, codes: Int[Array, "batch rows columns"]) -> Float[Array, "batch rows columns latents"]:
         """What the decoder reads: code vectors widened to its channels."""
-        return self.from_code(self.code_vectors()[codes])
+        return self.from_code(self.code_vectors()[codes] if self.quantizer is None else self.quantizer.lookup(codes))
 
     def reconstruct(self, codes: Int[Array, "batch rows columns"]) -> Float[Array, "batch height width 3"]:
         """Images, about within [-1, 1], of codes."""
         return self.decoder(self.decoder_input(codes))
+
+    def autoencode(
+        self, image: Float[Array, "batch height width 3"], key: PRNGKeyArray | None, *, training: bool
+    ) -> tuple[Float[Array, "batch height width 3"], Quantized]:
+        """Reconstructions of images within [-1, 1], and what the quantiser says; `training` moves its codebook.
+
+        Raises:
+            UsageError: a codebook that does not learn, or no decoder.
+        """
+        if self.quantizer is None or self.decoder is None:
+            raise UsageError("a VQGAN is trained with a decoder and a quantizer; set those of its configuration")
+        quantized = self.quantizer(self.latents(image), key, training=training)
+        return self.decoder(self.from_code(quantized.quantized)), quantized
 
     def encode(self, image: UInt8[Array, "batch height width 3"]) -> Int[Array, "batch rows columns"]:
         """Codes of images."""
@@ -385,6 +430,11 @@ class VQGANTokenizer(GridTokenizer):
     type = "vqgan"
     config_class = VQGANConfig
     net_class = VQGAN
+
+    def __init__(self, config: VQGANConfig, net: VQGAN):
+        super().__init__(config, net)
+        if config.quantizer is not None:
+            self.codebook_sizes = (config.quantizer.codebook_size,)
 
     def decode(self, codes: Codes | Int[np.ndarray, "batch rows columns"]) -> UInt8[np.ndarray, "batch height width 3"]:
         """As `GridTokenizer.decode`.

@@ -101,6 +101,8 @@ def export_checkpoint(tokenizer: NetTokenizer, directory: epath.PathLike) -> Non
     exporters = {kind: f"{__name__}.{kind}:to_transformers" for kind in ("vqgan", "encodec", "dac", "mimi")}
     if tokenizer.type not in exporters:
         raise OmniError(f"transformers has no tokenizer like {tokenizer.type}; {', '.join(exporters)} can be exported")
+    if getattr(tokenizer.config, "quantizer", None) is not None:
+        raise OmniError(f"transformers has no {tokenizer.type} with a {tokenizer.config.quantizer.kind} quantizer")
     values, tensors = _imported(exporters[tokenizer.type])(tokenizer)
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,178 @@
+"""Training against a critic: what each gradient is, when it begins, and that a run resumes with it."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tokenizer_cases import TASKS, tokenizer_run
+
+from omni.data.loader import stack
+from omni.train.loop import train
+from omni.train.metrics import read_metrics
+from omni.train.optimizer import OptimizerConfig
+from omni.train.step import TrainState, accumulate_both, make_critic, make_state, make_train_step
+from omni.train.task import Adversary
+from omni.train.tokenizers import AudioAdversary, ImageAdversary
+from omni_tokenizers.discriminators import PatchDiscriminatorConfig, STFTDiscriminatorConfig
+from omni_tokenizers.errors import UsageError
+from omni_tokenizers.losses.adversarial import deception, feature_matching, hinge
+from omni_tokenizers.quantizers import FSQConfig
+
+PATCH = PatchDiscriminatorConfig(channels=32, layers=1)
+STFT = STFTDiscriminatorConfig(windows=(64, 32), channels=4, dilations=(1,))
+SCALARS = dataclasses.replace(  # nothing in it depends on what else is in a batch
+    TASKS["image_vq"].tokenizer, codebook_size=512, code_dim=16, quantizer=FSQConfig(levels=(5, 5, 5))
+)
+IMAGE = dataclasses.replace(
+    TASKS["image_vq"], tokenizer=SCALARS, adversary=ImageAdversary(features=0.3, discriminator=PATCH)
+)
+SOUND = dataclasses.replace(TASKS["audio_spectral"], adversary=AudioAdversary(discriminator=STFT))
+
+
+def with_adversary(task, **fields):
+    return dataclasses.replace(task, adversary=dataclasses.replace(task.adversary, **fields))
+
+
+def started(task, steps=10, **settings):
+    """(structure of net and critic, state, batch) of a run's beginning."""
+    config = tokenizer_run("unused", task, steps=steps, **settings)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: task.build(nnx.Rngs(0))))
+    critic = jax.eval_shape(lambda: make_critic(task, steps, 0))[0]
+    state = jax.jit(lambda: make_state(task, config.optimizer, steps, 0)[1])()
+    examples = task.dataset(0)
+    return config, (graphdef, critic), state, stack([examples[index] for index in range(8)])
+
+
+def both(task, microbatches=1):
+    _, structures, state, batch = started(task)
+    key = jax.random.key(0)
+    result = jax.jit(lambda s, b: accumulate_both(*structures, task, microbatches, s, b, key))(state, batch)
+    return structures, state, batch, result
+
+
+def without_critic(state):
+    """The state of a task without an adversary."""
+    return TrainState(*(getattr(state, field.name) for field in dataclasses.fields(TrainState)))
+
+
+def norm(tree):
+    return float(np.sqrt(sum(np.square(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(tree))))
+
+
+def assert_close(first, second, **tolerance):
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(a, b, **tolerance)
+
+
+def assert_same_bits(first, second):
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def image_gradients():
+    return both(IMAGE)
+
+
+def test_gradients_are_of_the_losses_written_out(image_gradients):
+    """The net's gradient is that of its own losses, the features' and the adversarial one under a constant weight: 0.8
+    times the ratio of two gradients at the last kernel, taken apart; the critic's is that of the hinge loss."""
+    (graphdef, critic_graphdef), state, batch, (gradient, _, critic_gradient, _, metrics) = image_gradients
+    image = jnp.asarray(batch["image"], jnp.float32) / 127.5 - 1
+    critic = nnx.merge(critic_graphdef, state.critic.params, state.critic.rest)
+
+    def outcomes(params):
+        net = nnx.merge(graphdef, params, state.rest, copy=True)
+        estimate, quantized = net.autoencode(image, None, training=True)
+        own = IMAGE.chosen_losses(estimate, image, quantized)[0] / 8
+        logits, features = critic(estimate)
+        return own, deception(logits).mean(), feature_matching(critic(image)[1], features).mean(), estimate
+
+    parts = [jax.jit(jax.grad(lambda params, i=i: outcomes(params)[i]))(state.params) for i in range(3)]
+    ratio = norm(parts[0]["head"]["kernel"]) / (norm(parts[1]["head"]["kernel"]) + 1e-4)
+    total, weight = metrics["adversarial_weight"]
+    assert 0.01 < 0.8 * ratio < 1e3 and float(total / weight) == pytest.approx(0.8 * ratio, rel=1e-4)
+    expected = jax.tree.map(lambda own, adversarial, features: own + 0.8 * ratio * adversarial + 0.3 * features, *parts)
+    assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
+
+    estimate = jax.lax.stop_gradient(outcomes(state.params)[3])
+
+    def told(params):
+        critic = nnx.merge(critic_graphdef, params, state.critic.rest)
+        return hinge(critic(image)[0], critic(estimate)[0]).mean()
+
+    value, expected = jax.jit(jax.value_and_grad(told))(state.critic.params)
+    assert_close(critic_gradient, expected, rtol=1e-3, atol=1e-6)
+    assert float(metrics["critic/loss"][0] / metrics["critic/loss"][1]) == pytest.approx(float(value), rel=1e-5)
+
+
+def test_accumulation_equals_one_batch():
+    """With a constant weight both gradients of microbatches are those of the whole batch."""
+    task = with_adversary(IMAGE, adaptive=False)
+    *_, (whole, _, critic_whole, _, metrics) = both(task)
+    *_, (parts, _, critic_parts, _, parts_metrics) = both(task, microbatches=4)
+    assert_close(whole, parts, rtol=1e-3, atol=1e-5)
+    assert_close(critic_whole, critic_parts, rtol=1e-3, atol=1e-5)
+    for name in set(metrics) - {"perplexity", "usage"}:  # which are of one batch's codes
+        total, weight = metrics[name]
+        np.testing.assert_allclose(
+            parts_metrics[name][0] / parts_metrics[name][1], total / weight, rtol=1e-3, atol=1e-5
+        )
+
+
+def test_before_its_start_there_is_no_critic():
+    """Until then a step is that of the task without an adversary, bit for bit, and the critic keeps every bit; from
+    then on both move, the critic as its own optimizer says, whose schedule begins there."""
+    task = with_adversary(SOUND, start=2)
+    config, (graphdef, _), state, batch = started(task)
+    alone = dataclasses.replace(task, adversary=None)
+    plain = jax.jit(make_train_step(graphdef, alone, config.optimizer, 10, 0))
+    step = jax.jit(make_train_step(graphdef, task, config.optimizer, 10, 0))
+    first = state
+    expected = without_critic(state)
+    for _ in range(2):
+        (state, metrics), (expected, _) = step(state, batch), plain(expected, batch)
+    assert_same_bits(without_critic(state), expected)
+    assert_same_bits(state.critic, first.critic)
+    assert not any(name.startswith("critic") or name == "adversarial" for name in metrics)
+    after, metrics = jax.jit(make_train_step(graphdef, task, config.optimizer, 10, 0, adversarial=True))(state, batch)
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after.critic.params, first.critic.params)
+    assert min(jax.tree.leaves(moved)) > 0 and float(metrics["critic/gradient_norm"][0]) > 0
+    schedule = OptimizerConfig(learning_rate=3e-4, warmup_steps=0)
+    assert float(metrics["critic/learning_rate"][0]) == pytest.approx(schedule.learning_rate)
+    assert int(after.critic.optimizer[0].count) == 1
+    assert not np.array_equal(*(x.params["head"]["kernel"][...] for x in (after, plain(state, batch)[0])))
+
+
+def test_resumed_equals_undisturbed(tmp_path):
+    """A run that is cut after the critic's start, and one cut before, end with the bits of an undisturbed one: net,
+    critic, both optimizers' moments, averages and codebooks."""
+    task = with_adversary(SOUND, start=3)
+    whole = tokenizer_run(tmp_path / "whole", task, steps=8, checkpoint_every=2, log_every=1)
+    expected = train(whole)
+    lines = read_metrics(whole.output)
+    assert [("critic/loss" in line) for line in lines] == [False] * 3 + [True] * 5
+    for cut in (2, 6):
+        part = dataclasses.replace(whole, output=str(tmp_path / str(cut)), keep=9)
+        train(part)
+        for later in range(cut + 2, 9, 2):
+            shutil.rmtree(tmp_path / str(cut) / "checkpoints" / str(later))
+        (tmp_path / str(cut) / "finished.json").unlink()
+        resumed = train(part)
+        assert_same_bits(resumed, expected)
+        assert [line["loss"] for line in read_metrics(part.output)] == [line["loss"] for line in lines]
+
+
+def test_what_a_critic_cannot_have():
+    """Averages and microbatches of its own, and a start before the first step, are usage errors."""
+    for fields in (
+        {"start": -1},
+        {"optimizer": OptimizerConfig(ema_decay=0.9)},
+        {"optimizer": OptimizerConfig(accumulation=2)},
+    ):
+        with pytest.raises(UsageError):
+            Adversary(**fields)

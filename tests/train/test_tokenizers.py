@@ -1,0 +1,184 @@
+"""The tasks that train tokenizers: every net learns in the one loop, and what is saved is the tokenizer."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tokenizer_cases import TASKS, tokenizer_run
+
+import omni_tokenizers
+import omni_tokenizers.checkpoints
+from omni.data.loader import stack
+from omni.train import tokenizers
+from omni.train.loop import train
+from omni.train.metrics import read_metrics
+from omni_tokenizers import weights
+from omni_tokenizers.errors import OmniError, UsageError
+from omni_tokenizers.losses.image import ImageLosses
+
+
+def first_step(task):
+    """(loss, gradient by name, net's other variables) of a training step from the start."""
+    examples = task.dataset(0)
+    batch = stack([examples[index] for index in range(8)])
+
+    @jax.jit
+    def step(batch):
+        graphdef, params, rest = nnx.split(task.build(nnx.Rngs(0)), nnx.Param, ...)
+        # A kernel of 0, as blocks begin with, hides what is before it.
+        params = jax.tree.map(lambda p: p + 0.02, params)
+
+        def loss(params):
+            net = nnx.merge(graphdef, params, rest, copy=True)
+            total, weight, _ = task.loss(net, batch, jax.random.key(0), training=True)
+            return total / weight, nnx.state(net, nnx.Not(nnx.Param))
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (loss, rest), gradient = step(batch)
+    named = {".".join(map(str, path)): np.asarray(value[...]) for path, value in nnx.to_flat_state(gradient)}
+    return float(loss), named, rest
+
+
+@pytest.mark.parametrize("name", ["vqgan", "encodec"])
+def test_gradient_passes_the_quantizer(name):
+    """Every parameter of encoder, decoder and a learned codebook has a gradient; a moving one has started to move."""
+    _, gradient, rest = first_step(TASKS[name])
+    for path, value in gradient.items():
+        assert np.isfinite(value).all() and np.abs(value).max() > 0, path
+    if name == "encodec":
+        levels = rest["quantizer"]["quantizer"]["levels"]
+        assert all(levels[index]["initialized"][...] for index in (0, 1))
+    else:
+        assert "quantizer.vectors" in gradient
+
+
+def test_half_precision_keeps_what_needs_more():
+    """bfloat16 products: the gradient is float32's within a few percent, the loss within one; states stay float32."""
+    for name in ("image_vq", "audio_spectral"):
+        task = TASKS[name]
+        loss, gradient, rest = first_step(task)
+        half_loss, half_gradient, half_rest = first_step(dataclasses.replace(task, compute_dtype="bfloat16"))
+        assert half_loss == pytest.approx(loss, rel=0.02) and half_loss != loss
+        first, second = (np.concatenate([x.ravel() for x in each.values()]) for each in (gradient, half_gradient))
+        assert first @ second > 0.9 * np.linalg.norm(first) * np.linalg.norm(second)
+        assert {x.dtype for x in half_gradient.values()} == {np.dtype(np.float32)}
+        dtypes = [[x.dtype for x in jax.tree.leaves(each)] for each in (rest, half_rest)]
+        assert dtypes[0] == dtypes[1] and jnp.bfloat16 not in dtypes[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_it_learns_and_loads(tmp_path, name):
+    """Loss falls, held-out loss with it; what is saved encodes and decodes held-out examples."""
+    task = TASKS[name]
+    config = tokenizer_run(tmp_path / "run", task)
+    train(config)
+    lines = read_metrics(config.output)
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+    assert lines[-1]["held_out/loss"] < lines[1]["held_out/loss"]
+    tokenizer = omni_tokenizers.load(config.output)
+    assert tokenizer.config == task.tokenizer
+    (batch,) = task.validation()
+    given = batch["image"] if tokenizer.modality == "image" else batch["audio"][:, None]
+    codes = tokenizer.encode(given)
+    assert len(np.unique(codes)) > 1 and np.asarray(codes).max() < tokenizer.codebook_sizes[0]
+    decoded = tokenizer.decode(codes)
+    assert decoded.shape == given.shape
+    mean = given.mean(tuple(range(1, given.ndim)), keepdims=True)
+    assert np.square(decoded - 1.0 * given).mean() < 1.5 * np.square(given - mean).mean()
+    assert tuple(len(vectors) for vectors in tokenizer.code_vectors) == tuple(tokenizer.codebook_sizes)
+
+
+@pytest.mark.parametrize("name", ["image_vq", "audio_spectral"])
+def test_page_shows_held_out_examples(tmp_path, name):
+    """At every checkpoint the run's page has a row more, up to five, of held-out examples alone; a step that is taken
+    again replaces its row."""
+    task = TASKS[name]
+    config = tokenizer_run(tmp_path / "run", task, steps=7, checkpoint_every=1, log_every=1)
+    train(config)
+    page = (tmp_path / "run" / "page.html").read_text()
+    made = sorted(int(path.stem) for path in (tmp_path / "run" / "made").iterdir())
+    assert made == [3, 4, 5, 6, 7] and all(f"step {step}</th>" in page for step in made)
+    assert "step 2</th>" not in page and "After 7 steps" in page and page.count("<polyline") >= 2
+    pictures, players = page.count("data:image/png;base64,"), page.count("data:audio/wav;base64,")
+    assert pictures == 6 * 6 and players == (0 if name == "image_vq" else 6 * 6)
+    assert "http" not in page
+    rows = [json.loads((tmp_path / "run" / "made" / f"{step}.json").read_text()) for step in (6, 7)]
+    assert rows[0] != rows[1]
+
+
+@pytest.mark.parametrize("name", ["vqgan", "encodec"])
+def test_public_family_without_a_quantizer(tmp_path, name):
+    """A codebook that does not learn is refused in one line; with a quantizer there is no export, which is said."""
+    task = TASKS[name]
+    settings = {"encodec": {"bandwidths": (3.0,)}}.get(name, {})
+    tokenizer = dataclasses.replace(task.tokenizer, quantizer=None, **settings)
+    frozen = dataclasses.replace(task, tokenizer=tokenizer)
+    batch = {key: jnp.asarray(value) for key, value in task.dataset(0)[0].items()}
+    batch = jax.tree.map(lambda x: x[None], batch)
+    with pytest.raises(UsageError, match="a quantizer; set"):
+        jax.eval_shape(lambda: frozen.loss(frozen.build(nnx.Rngs(0)), batch, None, training=True)[0])
+    graphdef, state = jax.jit(lambda: nnx.split(task.build(nnx.Rngs(0))))()
+    made = task.tokenizer_class(task.tokenizer, nnx.merge(graphdef, state))
+    with pytest.raises(OmniError, match=f"no {name} with a"):
+        omni_tokenizers.checkpoints.export_checkpoint(made, tmp_path)
+
+
+def test_what_cannot_be_trained():
+    """A tokenizer of the other modality and an unknown type of products are usage errors that name the choices."""
+    with pytest.raises(UsageError, match="trains ImageTokenizerConfig and VQGANConfig, not EncodecConfig"):
+        dataclasses.replace(TASKS["vqgan"], tokenizer=TASKS["encodec"].tokenizer)
+    with pytest.raises(UsageError, match="float32 or bfloat16"):
+        dataclasses.replace(TASKS["vqgan"], compute_dtype="float16")
+
+
+def test_losses_are_set_in_one_place():
+    """Loss settings of the tokenizer that the task's own would silence are refused."""
+    task = TASKS["image_vq"]
+    other = dataclasses.replace(task.tokenizer, absolute_weight=0.5)
+    assert dataclasses.replace(task, tokenizer=other).chosen_losses == ImageLosses(absolute=0.5)
+    with pytest.raises(UsageError, match="would do nothing"):
+        dataclasses.replace(task, tokenizer=other, losses=ImageLosses())
+
+
+def vgg(path, seed=0):
+    """Writes the weights of a narrow VGG16 with LPIPS's, and returns the path."""
+    random, tensors, channels = np.random.default_rng(seed), {}, 3
+    for stage, numbers in enumerate(((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))):
+        for number in numbers:
+            tensors[f"features.{number}.weight"] = random.normal(size=(4, channels, 3, 3)).astype(np.float32)
+            tensors[f"features.{number}.bias"] = np.zeros(4, np.float32)
+            channels = 4
+        tensors[f"lin{stage}.model.1.weight"] = random.uniform(size=(1, 4, 1, 1)).astype(np.float32)
+    weights.write(path, tensors)
+    return str(path)
+
+
+def test_perceptual_loss_is_the_users_network(tmp_path, caplog):
+    """With weights it moves the net, the result is signed with their hash and holds none of them, and other weights do
+    not go on with the run; without, one line says that it is off."""
+    path = vgg(tmp_path / "vgg.safetensors")
+    task = dataclasses.replace(TASKS["image_vq"], losses=ImageLosses(perceptual_weights=path))
+    config = tokenizer_run(tmp_path / "run", task, steps=2, checkpoint_every=1)
+    train(config)
+    assert read_metrics(config.output)[-1]["perceptual"] > 0
+    signed = json.loads((tmp_path / "run" / "perceptual.json").read_text())
+    assert signed["sha256"] == hashlib.sha256((tmp_path / "vgg.safetensors").read_bytes()).hexdigest()
+    assert omni_tokenizers.load(config.output).config == task.tokenizer
+    vgg(tmp_path / "vgg.safetensors", seed=1)
+    with pytest.raises(OmniError, match="another perceptual"):
+        train(dataclasses.replace(config, steps=3))
+    plain, weighted = first_step(TASKS["image_vq"]), first_step(task)
+    assert weighted[0] > plain[0] and not np.array_equal(plain[1]["head.kernel"], weighted[1]["head.kernel"])
+    tokenizers._say_once.cache_clear()
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            nnx.eval_shape(lambda: TASKS["image_vq"].build(nnx.Rngs(0)))
+    assert caplog.text.count("perceptual loss: off (no weights given)") == 1
