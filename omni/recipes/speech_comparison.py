@@ -16,8 +16,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from omni.data.loader import batches
-from omni.recipes import speech
-from omni.recipes.speech_baselines import SEANetCodecConfig, SEANetTask, opus_nearest
+from omni.recipes import opus, speech
 from omni.train.checkpoints import Checkpoints
 from omni.train.loop import TrainConfig, train
 from omni.train.optimizer import OptimizerConfig
@@ -26,10 +25,10 @@ from omni.train.step import TrainState, make_state, make_train_step
 from omni.train.tokenizers import AudioTokenizerTask
 from omni_tokenizers import audio_metrics
 from omni_tokenizers.audio import AudioTokenizerConfig
+from omni_tokenizers.encodec import EncodecConfig
 from omni_tokenizers.errors import UsageError
 from omni_tokenizers.losses.audio import AudioLosses
 from omni_tokenizers.quantizers import ResidualQuantizerConfig, VectorQuantizerConfig
-from omni_tokenizers.seanet import SEANetConfig
 
 logger = logging.getLogger(__name__)
 
@@ -55,16 +54,18 @@ def speech_tokenizer(**changes) -> AudioTokenizerConfig:
     return dataclasses.replace(shape, **changes)
 
 
-def seanet(filters: int, spectral: AudioTokenizerConfig) -> SEANetCodecConfig:
+def seanet(filters: int, spectral: AudioTokenizerConfig) -> EncodecConfig:
     """EnCodec's net, of some number of filters (the public one has 32), with the quantiser of a spectral codec.
 
     It sees what comes before and after, as that codec does.
     """
     quantizer = spectral.chosen_quantizer
-    net = SEANetConfig(filters=filters, dim=quantizer.dim, causal=False)
+    net = EncodecConfig(
+        filters=filters, dim=quantizer.dim, causal=False, sample_rate=spectral.sample_rate, quantizer=quantizer
+    )
     if net.hop != spectral.samples_per_frame:
         raise UsageError(f"SEANet has frames of {net.hop} samples, the spectral codec of {spectral.samples_per_frame}")
-    return SEANetCodecConfig(net, quantizer, spectral.sample_rate, LOSSES)
+    return net
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,9 @@ class SpeechComparison:
     def tasks(self, output: epath.Path) -> dict[str, AudioTokenizerTask]:
         """The codecs by name."""
         data = speech.SpeechExcerpts(str(output / "data"))
-        nets = {
-            f"seanet_{filters}": SEANetTask(data, seanet(filters, self.spectral), LOSSES) for filters in self.filters
-        }
-        return {"spectral": AudioTokenizerTask(data, self.spectral, LOSSES), **nets}
+        nets = {f"seanet_{filters}": seanet(filters, self.spectral) for filters in self.filters}
+        nets = {"spectral": self.spectral, **nets}
+        return {name: AudioTokenizerTask(data, net, LOSSES) for name, net in nets.items()}
 
     def training(self, output: epath.Path, task: AudioTokenizerTask, steps: int) -> TrainConfig:
         """A run that keeps the checkpoints to be measured."""
@@ -135,7 +135,7 @@ class SpeechComparison:
         """What is known so far, as JSON."""
         quantizer = self.spectral.chosen_quantizer
         bits = sum(np.log2(quantizer.codebook_sizes)) * self.spectral.sample_rate / self.spectral.samples_per_frame
-        decoded, rate = opus_nearest(clips, speech.SAMPLE_RATE, bits)
+        decoded, rate = opus.nearest(clips, speech.SAMPLE_RATE, bits)
         return {
             "clips": len(clips),
             "bits_per_second": float(bits),

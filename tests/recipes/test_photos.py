@@ -142,6 +142,7 @@ def test_the_experiment_trains_from_the_command_line(tmp_path):
     assert {"psnr", "held_out/psnr"} <= set(read_metrics(output)[-1])
 
 
+@pytest.mark.slow
 def test_quantizers_are_compared_and_the_comparison_goes_on(tmp_path, monkeypatch):
     """One command trains and measures each; again, it trains nothing anew and adds what is new."""
 
