@@ -57,6 +57,7 @@ setup(
         "quickstart": QUICKSTART,
         "notebook": NOTEBOOK,
         "test": TEST,
+        "speech": ["pesq>=0.0.4,<0.1"],  # compiled when it is installed
         "torch": ["torch>=2.6,<3"],
         "parity": [*TEST, "torch==2.13.0", "transformers==5.23.0"],
         "aot": ["libtpu==0.0.42"],

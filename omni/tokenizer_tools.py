@@ -5,8 +5,9 @@ from __future__ import annotations
 import collections
 import json
 import logging
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +172,10 @@ def _decoded(tokenizer, codes: omni_tokenizers.Codes) -> Part:
 
 
 def evaluate_files(directory: str, files: Sequence[str]) -> dict:
-    """Reconstruction quality over files and codebook usage: PSNR and SSIM, or mel distance and SI-SDR."""
+    """Reconstruction quality over files and codebook usage: PSNR, SSIM, MS-SSIM; mel distance, SI-SDR, STOI, PESQ.
+
+    What cannot be measured (a package is missing, pictures are small, nothing is said) is None, and the log says why.
+    """
     tokenizer = omni_tokenizers.load(directory)
     if tokenizer.modality == "text":
         raise UsageError(f"{directory} is a tokenizer of text, which is exact; eval measures pictures and sound")
@@ -193,7 +197,8 @@ def _evaluate_images(tokenizer, pixels: UInt8[np.ndarray, "n height width 3"]) -
     codes = tokenizer.encode(pixels)
     decoded = tokenizer.decode(codes)
     use = image_metrics.codebook_use(np.asarray(codes), tokenizer.codebook_sizes[0])
-    quality = {"psnr": image_metrics.psnr(pixels, decoded), "ssim": image_metrics.ssim(pixels, decoded)}
+    names = ("psnr", "ssim", "ms_ssim")
+    quality = {name: _measured(getattr(image_metrics, name), pixels, decoded) for name in names}
     return {"pictures": len(pixels), **quality, **use}
 
 
@@ -209,9 +214,25 @@ def _evaluate_audio(tokenizer, clips: list[Float[np.ndarray, "channels samples"]
     # Each channel is compared by itself.
     reference, estimate = (x.reshape(-1, x.shape[2]) for x in (batch, tokenizer.decode(codes)))
     lengths = np.repeat(lengths, tokenizer.channels)
+    pair, rate = (reference, estimate), tokenizer.sample_rate
     return {
         "sounds": len(clips),
-        "mel_distance": audio_metrics.mel_distance(reference, estimate, tokenizer.sample_rate, lengths),
-        "si_sdr": audio_metrics.si_sdr(reference, estimate, lengths),
+        "mel_distance": audio_metrics.mel_distance(*pair, rate, lengths),
+        "si_sdr": _measured(audio_metrics.si_sdr, *pair, lengths),
+        "stoi": _measured(audio_metrics.stoi, *pair, rate, lengths),
+        "pesq": _measured(audio_metrics.pesq, *pair, rate, lengths),
         "codebooks": audio_metrics.codebook_usage(np.asarray(codes), tuple(tokenizer.codebook_sizes), frames),
     }
+
+
+def _measured(measure: Callable[..., float], *arguments) -> float | None:
+    """A measure's value, None where it has none."""
+    try:
+        value = measure(*arguments)
+    except OmniError as error:
+        logger.warning("not measured: %s", error)
+        return None
+    if math.isnan(value):
+        logger.warning("not measured: %s, too short or silent", measure.__name__)
+        return None
+    return value

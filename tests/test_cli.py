@@ -62,10 +62,20 @@ def test_tokenizer_codes_go_to_a_file_and_back(run, tiny_bundle, tmp_path, tone)
     assert run("tokenizer", "decode", directory, tmp_path / "codes.json", tmp_path / "out.wav")[0] == 0
     assert len(soundfile.read(tmp_path / "out.wav")[0]) == 3200
     assert run("tokenizer", "encode", directory, "some text")[0] == 2
-    code, out, _ = run("tokenizer", "eval", directory, tmp_path / "in.wav")
-    assert code == 0 and json.loads(out)["mel_distance"] > 0
     omni.Image(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "in.png")
     assert run("tokenizer", "eval", directory, tmp_path / "in.png")[0] == 2
+
+
+def test_tokenizer_eval_says_what_it_could_not_measure(run, tiny_bundle, tmp_path, tone, caplog):
+    """A short sound has no STOI, a small picture no MS-SSIM: null in the results, and the log tells why."""
+    soundfile.write(tmp_path / "in.wav", tone, 16000)
+    code, out, _ = run("tokenizer", "eval", tiny_bundle / "tokenizers" / "audio", tmp_path / "in.wav")
+    found = json.loads(out)
+    assert code == 0 and found["mel_distance"] > 0 and found["stoi"] is None and "stoi" in caplog.text
+    omni.Image(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).resize_crop(16, 16).save(tmp_path / "in.png")
+    code, out, _ = run("tokenizer", "eval", tiny_bundle / "tokenizers" / "image", tmp_path / "in.png")
+    found = json.loads(out)
+    assert code == 0 and found["psnr"] > 0 and found["ms_ssim"] is None and "176 x 176" in caplog.text
 
 
 def huge_png() -> bytes:

@@ -43,9 +43,7 @@ EXCERPT = 7680  # samples that the codec is trained on at once: half of the word
 UTTERANCES = 4  # of each word by each voice
 RATES = (130, 221)
 PITCHES = (20, 81)
-PEAK = 0.9
 SPEED = 0.08  # logarithm of the most by which an utterance is played faster or slower
-AUDIBLE = 0.02  # of the peak: what is quieter at the ends counts as silence
 ACCENTS = ("en-gb-x-rp", "en-gb-scotland", "en-us-nyc", "en-029", "en-gb-x-gbclan", "en-gb-x-gbcwmd")
 TOO_SLOW = {"AnxiousAndy", "Marco"}  # variants whose words do not fit into LONGEST
 
@@ -295,16 +293,10 @@ def _manner(rng: np.random.Generator) -> tuple[int, int]:
 
 def _clip(samples: np.ndarray, utterance: espeak.Utterance) -> np.ndarray:
     """int16 at 16 kHz, without the silence at both ends, at one peak."""
-    if np.abs(samples).max(initial=0) < 0.01:
-        raise OmniError(f"espeak-ng said nothing for {utterance}")
-    clip = soxr.resample(samples, espeak.SAMPLE_RATE, SAMPLE_RATE)
-    clip /= np.abs(clip).max()
-    audible = np.flatnonzero(np.abs(clip) > AUDIBLE)
-    margin = SAMPLE_RATE // 200
-    clip = clip[max(audible[0] - margin, 0) : audible[-1] + margin]
+    clip = espeak.trimmed(samples, utterance, SAMPLE_RATE)
     if len(clip) > LONGEST:
         raise OmniError(f"{utterance} takes {len(clip) / SAMPLE_RATE:.2f} s, more than {LONGEST / SAMPLE_RATE} s")
-    return np.rint(clip * (PEAK * 32767)).astype(np.int16)
+    return clip
 
 
 def _features(name: str):

@@ -37,6 +37,10 @@ class Checkpoints:
         """The newest committed step."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """The committed steps that are kept, oldest first."""
+        return sorted(self._manager.all_steps())
+
     def save(self, state: TrainState, data: dict[str, Any]) -> None:
         """Begins to write a checkpoint; the state may change as soon as this returns.
 
@@ -57,13 +61,16 @@ class Checkpoints:
         """Returns when what was saved is committed; `OmniError` if it could not be."""
         self._write(self._manager.wait_until_finished)
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest state, on the shardings of `abstract` (shapes), and the data iterator's state with it.
+    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+        """The state of a step, on the shardings of `abstract` (shapes), and the data iterator's state with it.
+
+        Args:
+          step: one of `steps`; the newest by default.
 
         Raises:
           OmniError: the checkpoint cannot be read, or carries other JSON objects than this run's.
         """
-        step = self.latest()
+        step = self.latest() if step is None else step
         path = self.directory / str(step)
         items = {name: ocp.args.JsonRestore() for name in ("data", *self._metadata)}
         found = _read(path, lambda: self._manager.restore(step, args=ocp.args.Composite(**items)))

@@ -1,6 +1,6 @@
 """Measures of sound against what is known by hand."""
 
-import builtins
+import sys
 
 import numpy as np
 import pytest
@@ -77,18 +77,33 @@ def test_stoi_joins_short_clips():
     assert np.isnan(audio_metrics.stoi(speech[:3], noisy[:3], 16000))
 
 
-def test_stoi_names_the_extra(noise, monkeypatch):
-    """Without pystoi the error says what to install."""
-    original = builtins.__import__
+def test_pesq_falls_with_noise_and_tells_silence_apart(caplog):
+    """Equal speech scores the scale's end, noise less, silence in its place least; clips without speech are counted."""
+    pytest.importorskip("pesq")
+    rng, time = np.random.default_rng(0), np.arange(48000) / 24000
+    voice = 0.2 * np.sin(2 * np.pi * 150 * time) * scipy.signal.sawtooth(2 * np.pi * 150 * time) * (time % 0.5 < 0.3)
+    speech = np.stack([voice, np.roll(voice, 5000)])
+    noisy = speech + 0.03 * rng.normal(size=speech.shape)
+    assert audio_metrics.pesq(speech, speech, 24000) == pytest.approx(4.64, abs=0.01)
+    assert 1 < audio_metrics.pesq(speech, noisy, 24000) < 4
+    assert audio_metrics.pesq(speech, 0 * speech, 24000) == 1
+    assert not caplog.records
+    lengths = np.array([48000, 3000])
+    alone = audio_metrics.pesq(speech[:1], noisy[:1], 24000)
+    assert audio_metrics.pesq(speech, noisy, 24000, lengths) == alone
+    assert "1 of 2 clips" in caplog.text
+    assert np.isnan(audio_metrics.pesq(0 * speech, noisy, 24000))
+    assert np.isnan(audio_metrics.pesq(0 * speech, 0 * speech, 24000))
 
-    def without(name, *args, **kwargs):
-        if name == "pystoi":
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(OmniError, match="quickstart"):
-        audio_metrics.stoi(noise, noise, 16000)
+@pytest.mark.parametrize(
+    ("measure", "package", "extra"), [("stoi", "pystoi", "quickstart"), ("pesq", "pesq", "speech")]
+)
+def test_missing_packages_name_the_extra(noise, monkeypatch, measure, package, extra):
+    """Without the package that measures, the error says what to install."""
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(OmniError, match=extra):
+        getattr(audio_metrics, measure)(noise, noise, 16000)
 
 
 def test_codebook_usage_counts_the_whole_set_without_padding():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.ndimage
 from flax import nnx
 
 from omni_tokenizers.errors import OmniError, UsageError
@@ -20,7 +21,7 @@ from omni_tokenizers.image import (
     normalized,
     space_to_depth,
 )
-from omni_tokenizers.image_metrics import codebook_use, psnr, ssim
+from omni_tokenizers.image_metrics import codebook_use, ms_ssim, psnr, ssim
 
 CONFIG = ImageTokenizerConfig(
     image_size=16, patch_size=4, channels=16, multipliers=(1, 2), codebook_size=32, code_dim=4
@@ -180,6 +181,48 @@ def test_ssim_orders_pictures():
     little, much = (np.clip(clean + scale * noise, 0, 255).astype(np.uint8) for scale in (5, 60))
     assert ssim(clean, clean) == pytest.approx(1)
     assert 1 > ssim(clean, little) > ssim(clean, much) + 0.1
+
+
+def test_ms_ssim_equals_the_paper_written_out():
+    """Against a slow version: windows cut one by one, the five scales' means, the paper's exponents."""
+    rng = np.random.default_rng(0)
+    smooth = 128 + 400 * scipy.ndimage.gaussian_filter(rng.normal(size=(2, 181, 176, 3)), (0, 2, 2, 0))
+    reference, estimate = (
+        np.clip(smooth + noise * rng.normal(size=smooth.shape), 0, 255).astype(np.uint8) for noise in (0, 20)
+    )
+    planes = (np.moveaxis(images, -1, 1).reshape(-1, 181, 176) for images in (reference, estimate))
+    expected = np.mean([slow_ms_ssim(*pair) for pair in zip(*planes, strict=True)])
+    assert ms_ssim(reference, estimate) == pytest.approx(expected, rel=1e-6)
+    assert 0.5 < expected < 0.99 and ms_ssim(reference, reference) == pytest.approx(1)
+
+
+def slow_ms_ssim(a, b):
+    """Wang, Simoncelli and Bovik 2003, equation 7, for one channel."""
+    offsets = np.arange(11) - 5
+    window = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 1.5**2))
+    window /= window.sum()
+    a, b, score = a.astype(float), b.astype(float), 1.0
+    for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+        x, y = (np.lib.stride_tricks.sliding_window_view(image, (11, 11)) for image in (a, b))
+        mean_x, mean_y = (np.einsum("ijkl,kl->ij", each, window) for each in (x, y))
+        dx, dy = x - mean_x[..., None, None], y - mean_y[..., None, None]
+        xx, yy, xy = (np.einsum("ijkl,ijkl,kl->ij", *pair, window) for pair in ((dx, dx), (dy, dy), (dx, dy)))
+        value = (2 * xy + 58.5225) / (xx + yy + 58.5225)
+        if scale == 4:
+            value = value * (2 * mean_x * mean_y + 6.5025) / (mean_x**2 + mean_y**2 + 6.5025)
+        score *= value.mean() ** weight
+        rows, columns = range(0, len(a), 2), range(0, a.shape[1], 2)
+        a, b = (np.array([[image[i : i + 2, j : j + 2].mean() for j in columns] for i in rows]) for image in (a, b))
+    return score
+
+
+def test_ms_ssim_needs_its_coarsest_window():
+    """Below 176 pixels the coarsest scale holds no window; contrast turned around scores 0, not NaN."""
+    small = np.zeros((1, 175, 200, 3), np.uint8)
+    with pytest.raises(OmniError, match="176 x 176"):
+        ms_ssim(small, small)
+    noise = GENERATOR.integers(0, 256, (1, 176, 176, 3), np.uint8)
+    assert ms_ssim(noise, 255 - noise) == 0
 
 
 def test_ssim_names_what_is_missing(monkeypatch):

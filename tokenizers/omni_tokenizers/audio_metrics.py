@@ -1,12 +1,14 @@
-"""Measures of sound that need no network: mel distance, SI-SDR, STOI and the use of codebooks.
+"""Measures of sound that need no network: mel distance, SI-SDR, STOI, PESQ and the use of codebooks.
 
 All take numpy arrays: `reference` and `estimate` float [clips, samples], `lengths` int [clips] in samples (None = all).
 Arrays of other shapes raise OmniError.
 """
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
+import soxr
 from jaxtyping import Float, Int
 
 from omni_tokenizers.errors import OmniError
@@ -15,6 +17,9 @@ from omni_tokenizers.spectral import hann, mel_filterbank
 _WINDOWS = (32, 64, 128, 256, 512, 1024, 2048)
 _MELS = (5, 10, 20, 40, 80, 160, 320)
 _STOI_SECONDS = 3
+_PESQ_RATE = 16000
+_PESQ_WORST, _INAUDIBLE = 1.0, 1e-9  # silence as an estimate stops the package
+logger = logging.getLogger(__name__)
 
 
 def mel_distance(
@@ -74,6 +79,32 @@ def stoi(
     return float(np.mean([pystoi.stoi(x, y, sample_rate) for x, y in stretches]))
 
 
+def pesq(
+    reference: Float[np.ndarray, "clips samples"],
+    estimate: Float[np.ndarray, "clips samples"],
+    sample_rate: int,
+    lengths: Int[np.ndarray, " clips"] | None = None,
+) -> float:
+    """Perceptual evaluation of speech quality, wideband (ITU-T P.862.2), by the package pesq: 1 to 4.64, mean of clips.
+
+    Both are resampled to 16 kHz. Clips in whose reference PESQ finds no speech, or that are shorter than 0.25 s, are
+    left out and their number is logged; NaN if all are. Silence in place of speech, of which PESQ makes no number,
+    counts as 1.
+
+    Raises:
+        OmniError: pesq is not installed.
+    """
+    try:
+        import pesq as package
+    except ImportError:
+        raise OmniError('PESQ needs the package pesq: pip install "omni-any-to-any[speech]"') from None
+    scores = [_pesq(package, a, b, sample_rate) for a, b in _clips(reference, estimate, lengths)]
+    measured = [score for score in scores if score is not None]
+    if len(measured) < len(scores):
+        logger.warning("PESQ: %d of %d clips hold no speech and are left out", len(scores) - len(measured), len(scores))
+    return float(np.mean(measured)) if measured else float("nan")
+
+
 def codebook_usage(
     codes: Int[np.ndarray, "clips codebooks frames"],
     sizes: tuple[int, ...],
@@ -125,3 +156,17 @@ def _si_sdr(reference: np.ndarray, estimate: np.ndarray) -> float:
     target = reference * (estimate @ reference) / (reference @ reference)
     noise = estimate - target
     return 10 * np.log10((target @ target + 1e-12) / (noise @ noise + 1e-12))
+
+
+def _pesq(package, reference: np.ndarray, estimate: np.ndarray, sample_rate: int) -> float | None:
+    """The score of a clip; None if its reference holds no speech."""
+    audible = np.abs(estimate).max(initial=0) > _INAUDIBLE
+    # With silence in the estimate's place the reference is compared with itself, to learn whether it holds speech.
+    pair = (reference, estimate if audible else reference)
+    if not np.any(reference):
+        return None
+    try:
+        score = package.pesq(_PESQ_RATE, *(soxr.resample(side, sample_rate, _PESQ_RATE) for side in pair), "wb")
+    except (package.NoUtterancesError, package.BufferTooShortError):
+        return None
+    return score if audible else _PESQ_WORST
