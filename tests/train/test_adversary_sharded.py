@@ -7,6 +7,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 EIGHT_DEVICES = """
     import dataclasses, json, sys
     import jax, numpy as np
@@ -40,6 +42,7 @@ EIGHT_DEVICES = """
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_does():
     """On (data 2, fsdp 4): gradients of net and critic, the adaptive weight and all metrics within 1e-3; kernels and
     their moments lie in quarters."""

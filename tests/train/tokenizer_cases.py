@@ -36,28 +36,22 @@ class Endless:
 class Squares(Examples):
     """Pictures 16 x 16 of a square on a ground, in random colours."""
 
-    measured: bool = True
-    """Whether some are held out."""
-
     def dataset(self, seed):
         return grain.MapDataset.source(Endless(square, seed))
 
     def held_out(self):
-        return [stack([square(np.random.default_rng([99, index])) for index in range(6)])] if self.measured else None
+        return [stack([square(np.random.default_rng([99, index])) for index in range(6)])]
 
 
 @dataclass(frozen=True)
 class Tones(Examples):
     """Notes of an eighth of a second at 8 kHz, some of them shorter."""
 
-    measured: bool = True
-    """Whether some are held out."""
-
     def dataset(self, seed):
         return grain.MapDataset.source(Endless(tone, seed))
 
     def held_out(self):
-        return [stack([tone(np.random.default_rng([99, index])) for index in range(6)])] if self.measured else None
+        return [stack([tone(np.random.default_rng([99, index])) for index in range(6)])]
 
 
 def square(random):

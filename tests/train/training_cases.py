@@ -2,7 +2,7 @@
 
 import ast
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grain
@@ -20,7 +20,7 @@ from omni.model.config import TransformerConfig
 from omni.train.language import TransformerTask
 from omni.train.loop import TrainConfig, train
 from omni.train.optimizer import OptimizerConfig
-from omni.train.task import Task
+from omni.train.task import Adversary, Task
 
 
 class Statistics(nnx.Variable):
@@ -87,6 +87,32 @@ class Regression(Task):
 
     def save(self, model, directory):
         np.savez(directory / "net.npz", kernel=np.asarray(model.up.kernel[...]), mean=np.asarray(model.mean[...]))
+
+
+@dataclass(frozen=True)
+class Duel(Regression):
+    """The same, while a critic tells (point, value) from (point, what the net makes of it); both keep statistics."""
+
+    adversary: Adversary = field(default_factory=lambda: Adversary(start=5))
+    statistics: bool = True
+    """Whether what is between layers is kept, which depends on what else is in a batch."""
+
+    def build_critic(self, rngs):
+        return Net(8, rngs)
+
+    def adversarial_loss(self, model, critic, batch, key):
+        x, weight = batch["x"], batch["weight"]
+        wanted, made = jnp.stack([x[:, 0] * x[:, 1], jnp.sin(x[:, 2])], axis=1), model(x, self.statistics)
+        real, fake = (jnp.concatenate([x[:, :2], y], axis=1) for y in (wanted, made))
+        deceiving = -jnp.sum(critic(fake, False)[:, 0] * weight)
+        total = jnp.sum(jnp.square(made - wanted).sum(1) * weight) + 0.1 * deceiving
+        shown = {"real": real, "fake": fake, "weight": weight}
+        return (total, weight.sum(), {"deceiving": (deceiving, weight.sum())}), shown
+
+    def critic_loss(self, critic, shown):
+        real, fake = (critic(shown[name], self.statistics)[:, 0] for name in ("real", "fake"))
+        hinge = jax.nn.relu(1 - real) + jax.nn.relu(1 + fake)
+        return jnp.sum(hinge * shown["weight"]), shown["weight"].sum(), {"told": ((real - fake).sum(), jnp.float32(8))}
 
 
 def regression(output, *, width=16, explode="", ema_decay=0.9, accumulation=1, **settings) -> TrainConfig:
