@@ -43,18 +43,17 @@ class Side(abc.ABC):
         start = time.perf_counter()
         result = self.run(verb, x)
         first = time.perf_counter() - start
-        self._calls = max(1, round(_TURN / self._seconds(1)))
+        self._calls = 1
+        self._calls = max(1, round(_TURN / self.turn()[0]))
         return result, first
 
-    def turn(self) -> float:
-        """Seconds of a call with the input that `first` was given, the mean over a turn."""
-        return self._seconds(self._calls)
-
-    def _seconds(self, calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
+    def turn(self) -> tuple[float, float]:
+        """Seconds of a call with the input that `first` was given, the mean over a turn: waited, and of processors."""
+        start, start_of_work = time.perf_counter(), time.process_time()
+        for _ in range(self._calls):
             self.run(self._verb, self._input)
-        return (time.perf_counter() - start) / calls
+        work = time.process_time() - start_of_work
+        return (time.perf_counter() - start) / self._calls, work / self._calls
 
 
 class Ours(Side):

@@ -126,10 +126,12 @@ def _compare_cell(
     results, times = {}, {}
     for side in sides:
         results[side.name], first = side.call("first", verb, x)
-        times[side.name] = {"first": first, "turns": []}
+        times[side.name] = {"first": first, "turns": [], "work": []}
     for _ in range(rounds):
         for side in sides:
-            times[side.name]["turns"].append(side.call("turn"))
+            waited, work = side.call("turn")
+            times[side.name]["turns"].append(waited)
+            times[side.name]["work"].append(work)
     for found in times.values():
         found["median"] = statistics.median(found["turns"])
     if theirs is None:

@@ -19,6 +19,7 @@ from omni_tokenizers.edges import PaddedConv1d, TrimmedConvTranspose1d, silenced
 from omni_tokenizers.errors import UsageError
 from omni_tokenizers.layers import Conv1d
 from omni_tokenizers.quantizers import CodebookState
+from omni_tokenizers.quantizers.base import PRECISION, first_lowest
 from omni_tokenizers.seanet import SEANetConfig, SEANetDecoder, SEANetEncoder
 from omni_tokenizers.transformer import CausalTransformer
 from omni_tokenizers.waveform import WaveformTokenizer
@@ -99,7 +100,23 @@ class CountedCodebook(Codebook):
 
     def codebook(self) -> Float[Array, "codes dim"]:
         """The vectors."""
-        return self.sum[...] / jnp.maximum(self.count[...], 1e-5)[:, None]
+        return self.sum[...] / self._counts()[:, None]
+
+    def encode(self, latents: Float[Array, "batch frames dim"]) -> Int[Array, "batch frames"]:
+        """The nearest code of each latent."""
+        # |v|^2 - 2 v z of v = sum / count: to divide all sums first would write the codebook anew in every call.
+        rows, counts = latents.reshape(-1, latents.shape[-1]), self._counts()
+        product = jnp.einsum("kd,nd->kn", self.sum[...], rows, precision=PRECISION)
+        squares = jnp.square(self.sum[...]).sum(-1) / counts
+        codes = first_lowest((squares[:, None] - 2 * product) / counts[:, None])
+        return codes.reshape(latents.shape[:-1])
+
+    def lookup(self, codes: Int[Array, "batch frames"]) -> Float[Array, "batch frames dim"]:
+        """What each code stands for."""
+        return self.sum[...][codes] / self._counts()[codes][..., None]
+
+    def _counts(self) -> Float[Array, " codes"]:
+        return jnp.maximum(self.count[...], 1e-5)
 
 
 class ProjectedCodebooks(ResidualCodebooks):
