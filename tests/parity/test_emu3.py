@@ -63,9 +63,14 @@ def random_emu3(settings: dict, *shapes: tuple[int, ...]):
     model = transformers.Emu3VQVAE(transformers.Emu3VQVAEConfig(**settings)).eval()
     load(model, randomised(shapes_of(model)))
     values = [their_latents(model, images(*shape)) for shape in shapes]
-    every = np.concatenate([value.reshape(-1, value.shape[-1]) for value in values])
-    model.quantize.embedding.weight.copy_(torch.tensor(codebook_amid(every, model.config.codebook_size)))
+    codebook = codebook_amid(np.concatenate([together(x) for x in values]), model.config.codebook_size)
+    model.quantize.embedding.weight.copy_(torch.tensor(codebook))
     return model, values
+
+
+def together(latents: np.ndarray) -> np.ndarray:
+    """All latents in a row, [number, channels]."""
+    return latents.reshape(-1, latents.shape[-1])
 
 
 def channels_third(pixels: np.ndarray) -> torch.Tensor:
@@ -114,14 +119,16 @@ def test_emu3_encodes_and_decodes_as_transformers_does(name, tmp_path, capsys):
     model, values = random_emu3(settings, *shapes)
     codes = [nearest(model, value, is_picture=len(shape) == 3) for value, shape in zip(values, shapes, strict=True)]
     pixels = [their_pixels(model, each) for each in codes]
-    tokenizer, ties, errors = saved(model, tmp_path), 0, []
+    tokenizer, found, errors = saved(model, tmp_path), [], []
     # The largest has hundreds of millions of parameters.
     del model
     for shape, value, code, pixel in zip(shapes, values, codes, pixels, strict=True):
         ours = latents(tokenizer.net, images(*shape))
-        ties += check_codes(quantize(tokenizer.net, ours), value, tokenizer.code_vectors[0])
+        found.append(quantize(tokenizer.net, ours))
         errors += [error(ours, value), error(reconstruct(tokenizer.net, code), pixel)]
-    report(capsys, f"emu3, {name}", ties, sum(code.size for code in codes), *errors)
+    found, values = np.concatenate([np.ravel(x) for x in found]), np.concatenate([together(x) for x in values])
+    ties = check_codes(found, values, tokenizer.code_vectors[0])
+    report(capsys, f"emu3, {name}", ties, len(found), *errors)
 
 
 def test_every_tensor_of_emu3_matters():

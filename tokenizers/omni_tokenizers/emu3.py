@@ -218,7 +218,7 @@ def with_past(
 
 
 def _a_few_at_a_time(function: Callable[..., Array], pixels: int, *frames: Array) -> Array:
-    """`function` of [number, ...] arrays, each frame of so many pixels, in memory that does not grow with `number`."""
+    """`function` of [number, ...] arrays, of which it sees as many, of so many pixels each, as `PIXELS` allow."""
     number, each = len(frames[0]), max(1, PIXELS // pixels)
     if number <= each:
         return function(*frames)

@@ -76,19 +76,13 @@ class Family:
             config = self.read(Settings(values, source))
         except OmniError as error:
             raise OmniError(str(error) if str(error).startswith(source) else f"{source}: {error}") from None
-        state = self.state(config, tensors, source)
-        return self.tokenizer(config, nnx.merge(nnx.graphdef(self.abstract_net(config)), state))
+        # Shapes in place of arrays: a description that asks for a huge net fails on a tensor first.
+        net = nnx.eval_shape(lambda: self.tokenizer.net_class(config, rngs=nnx.Rngs(0)))
+        ignored = [name for name in tensors if name.endswith(self.ignored)]
+        state = interop.to_state(net, tensors, self.pairs(config), source, ignored=ignored)
+        return self.tokenizer(config, nnx.merge(nnx.graphdef(net), state))
 
     def to_transformers(self, tokenizer: NetTokenizer) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """The content of config.json, and the tensors, from which transformers makes the same model."""
         tensors = interop.from_state(tokenizer.state, self.pairs(tokenizer.config))
         return self.write(tokenizer.config), self.complete(tokenizer.config, tensors)
-
-    def state(self, config, tensors: Mapping[str, np.ndarray], source: str) -> nnx.State:
-        """The net's state for a configuration, filled with a checkpoint's tensors; errors as in `interop.to_state`."""
-        ignored = [name for name in tensors if name.endswith(self.ignored)]
-        return interop.to_state(self.abstract_net(config), tensors, self.pairs(config), source, ignored=ignored)
-
-    def abstract_net(self, config) -> nnx.Module:
-        """The net with shapes in place of arrays: a description that asks for a huge one fails on a tensor first."""
-        return nnx.eval_shape(lambda: self.tokenizer.net_class(config, rngs=nnx.Rngs(0)))
