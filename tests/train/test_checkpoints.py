@@ -61,6 +61,8 @@ def test_round_trip(saved):
     checkpoints.save(at_step(state, 3), {"next_index": 3})
     checkpoints.wait()
     assert sorted(path.name for path in (directory / "checkpoints").glob("[0-9]*")) == ["2", "3"]
+    assert checkpoints.steps() == [2, 3]
+    assert [int(checkpoints.restore(shapes, step)[0].step) for step in (2, 3)] == [2, 3]
 
 
 def test_state_may_change_once_save_returns(tmp_path):
