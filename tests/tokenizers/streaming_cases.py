@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from omni_tokenizers.audio import AudioTokenizer, AudioTokenizerConfig, SpectralCodec
+from omni_tokenizers.base import NetTokenizer
 from omni_tokenizers.encodec import EncodecConfig, EncodecNet, EncodecTokenizer
 from omni_tokenizers.mimi import MimiConfig, MimiTokenizer
 from omni_tokenizers.quantizers import nearest
@@ -17,16 +18,17 @@ ENCODEC = {
     "sample_rate": 2400,
     "filters": 4,
     "dim": 8,
-    "strides": (2, 3),
+    "strides": (3,),
     "lstm_layers": 1,
     "codebook_size": 16,
-    "bandwidths": (4.8,),
+    "bandwidths": (9.6,),
 }
 MIMI = {
     "sample_rate": 2400,
     "filters": 4,
     "dim": 8,
     "strides": (3,),
+    "residual_layers": 0,
     "transformer_layers": 1,
     "heads": 2,
     "head_dim": 4,
@@ -48,11 +50,12 @@ SPECTRAL = {
     "code_dim": 4,
     "causal": True,
 }
+_DEEP = {"strides": (2, 3), "residual_layers": 2, "conv_shortcut": False}
 CONFIGS = {
     "encodec": EncodecConfig(**ENCODEC),
-    "encodec replicate": EncodecConfig(**ENCODEC | {"padding": "replicate", "conv_shortcut": False}),
+    "encodec replicate": EncodecConfig(**ENCODEC | _DEEP | {"lstm_layers": 2, "padding": "replicate"}),
     "mimi": MimiConfig(**MIMI),
-    "mimi reflect": MimiConfig(**MIMI | {"padding": "reflect", "semantic_codebooks": 2, "window": 1}),
+    "mimi reflect": MimiConfig(**MIMI | _DEEP | {"transformer_layers": 2, "padding": "reflect", "window": 1}),
     "spectral": AudioTokenizerConfig(**SPECTRAL),
     "spectral six hops": AudioTokenizerConfig(**SPECTRAL | {"window": 48}),
 }
@@ -71,23 +74,31 @@ def tokenizer(name: str) -> StreamingTokenizer:
 
 
 def random_tokenizer(config) -> StreamingTokenizer:
-    """A codec with noise in every parameter, so that no layer passes for being at its start."""
-    kind = _TYPES[type(config)]
-    net = nnx.jit(lambda: kind.net_class(config, rngs=nnx.Rngs(0)))()
+    """A codec with noise in every parameter, so that no layer passes for being at its start; its codes are latents of
+    some sound, so that many are in use."""
     generator = np.random.default_rng(0)
 
-    def noisy(x):
-        scale = 1 / np.sqrt(x.shape[0] * x.shape[1]) if x.ndim == 3 else 1 / np.sqrt(x.shape[0]) if x.ndim == 2 else 0.3
-        return x * (x.ndim == 1) + generator.normal(size=x.shape).astype(np.float32) * 1.3 * scale
+    def noisy(path, x):
+        if path[-2].key in ("count", "initialized"):
+            return np.ones(x.shape, x.dtype)
+        scale = 0.3 if x.ndim == 1 else 1.3 / np.sqrt(np.prod(x.shape[:-1]))
+        offset = x.ndim == 1 and path[-2].key in ("scale", "mlp_scale", "attention_scale")
+        return (offset + generator.normal(size=x.shape) * scale).astype(np.float32)
 
-    graphdef, parameters, rest = nnx.split(net, nnx.Param, ...)
-    net = nnx.merge(graphdef, jax.tree.map(noisy, parameters), rest)
+    tokenizer = made(_TYPES[type(config)], config, noisy)
+    net = tokenizer.net
     nnx.jit(_fill_codebooks)(net, noise(120 * config.samples_per_frame))
-    return kind(config, net)
+    return type(tokenizer)(config, net)
+
+
+def made(kind: type, config, fill) -> NetTokenizer:
+    """A tokenizer whose arrays are what `fill(path, shape)` gives; nothing is compiled."""
+    abstract = nnx.eval_shape(lambda: kind.net_class(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+    return kind(config, nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, state)))
 
 
 def _fill_codebooks(net, audio) -> None:
-    """Codes become latents of some sound, so that many are in use."""
     lengths = jnp.array([audio.shape[1]])
     if isinstance(net, SpectralCodec):
         _fill(net.quantizer.levels, net.latents(*net.prepare(audio, lengths)))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import streaming_cases
 from audio_cases import loss_of
 from flax import nnx
 
@@ -33,13 +34,10 @@ SIXFOLD = dataclasses.replace(TWICE, window=1440)
 """A window of six hops, which ends three frames of codes later."""
 
 
-@pytest.fixture(scope="module", params=[TWICE, SIXFOLD], ids=["two hops", "six hops"])
-def tokenizer(request) -> AudioTokenizer:
-    """Random weights, and a codebook of latents, so that many codes are in use."""
-    net = nnx.jit(lambda: SpectralCodec(request.param, rngs=nnx.Rngs(0)))()
-    batch = {"audio": noise(4, 9600), "length": jnp.full(4, 9600)}
-    nnx.jit(lambda net: loss_of(net, batch, jax.random.key(0), training=True)[0])(net)
-    return AudioTokenizer(request.param, net)
+@pytest.fixture(scope="module")
+def tokenizer() -> AudioTokenizer:
+    """Random weights and codes, six hops under a window."""
+    return streaming_cases.random_tokenizer(SIXFOLD)
 
 
 def noise(batch: int, samples: int) -> np.ndarray:

@@ -69,8 +69,8 @@ class StreamingTokenizer(NetTokenizer):
                 f"this {self.type} tokenizer cannot stream: {self.obstacle}; mimi, encodec at 24 kHz and "
                 "audio_spectral with causal=True can"
             )
-        if min(rows, frames) < 1:
-            raise UsageError(f"a stream has at least 1 row and takes at least 1 frame, got {rows} and {frames}")
+        if not all(isinstance(number, int) and number >= 1 for number in (rows, frames)):
+            raise UsageError(f"a stream has at least 1 row and takes at least 1 frame, got {rows!r} and {frames!r}")
         codebooks = self._checked_codebooks(codebooks)
         return Stream(StreamEncoder(self, rows, frames, codebooks), StreamDecoder(self, rows, frames, codebooks))
 
