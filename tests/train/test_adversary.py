@@ -82,7 +82,8 @@ def test_gradients_are_of_the_losses_written_out():
         logits, features = critic(estimate)
         return own, deception(logits).mean(), feature_matching(critic(image)[1], features).mean(), estimate
 
-    parts = [jax.jit(jax.grad(lambda params, i=i: outcomes(params)[i]))(state.params) for i in range(3)]
+    gradients = [jax.grad(lambda params, part=part: outcomes(params)[part]) for part in range(3)]
+    parts = jax.jit(lambda params: [gradient(params) for gradient in gradients])(state.params)
     ratio = norm(parts[0]["head"]["kernel"]) / (norm(parts[1]["head"]["kernel"]) + 1e-4)
     total, weight = metrics["adversarial_weight"]
     assert 0.01 < 0.8 * ratio < 1e3 and float(total / weight) == pytest.approx(0.8 * ratio, rel=1e-4)

@@ -46,7 +46,7 @@ def first_step(task):
     return float(loss), named, rest
 
 
-@pytest.mark.parametrize("name", ["vqgan", "encodec"])
+@pytest.mark.parametrize("name", ["vqgan", pytest.param("encodec", marks=pytest.mark.slow)])
 def test_gradient_passes_the_quantizer(name):
     """Every parameter of encoder, decoder and a learned codebook has a gradient; a moving one has started to move."""
     _, gradient, rest = first_step(TASKS[name])
@@ -59,6 +59,7 @@ def test_gradient_passes_the_quantizer(name):
         assert "quantizer.vectors" in gradient
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_what_needs_more():
     """bfloat16 products: the gradient is float32's within a few percent, the loss within one; states stay float32."""
     for name in ("image_vq", "audio_spectral"):
@@ -96,7 +97,7 @@ def test_it_learns_and_loads(tmp_path, name):
     assert tuple(len(vectors) for vectors in tokenizer.code_vectors) == tuple(tokenizer.codebook_sizes)
 
 
-@pytest.mark.parametrize("name", ["image_vq", "audio_spectral"])
+@pytest.mark.parametrize("name", ["image_vq", pytest.param("audio_spectral", marks=pytest.mark.slow)])
 def test_page_shows_held_out_examples(tmp_path, name):
     """At every checkpoint the run's page has a row more, up to five, of held-out examples alone; a step that is taken
     again replaces its row."""
@@ -114,7 +115,7 @@ def test_page_shows_held_out_examples(tmp_path, name):
     assert rows[0] != rows[1]
 
 
-@pytest.mark.parametrize("name", ["vqgan", "encodec"])
+@pytest.mark.parametrize("name", ["vqgan", pytest.param("encodec", marks=pytest.mark.slow)])
 def test_public_family_without_a_quantizer(tmp_path, name):
     """A codebook that does not learn is refused in one line; with a quantizer there is no export, which is said."""
     task = TASKS[name]
