@@ -24,17 +24,24 @@ def recorded() -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def random_tensors(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
-    """Norms about 1, biases about 0, matrices that keep the size of what they map; pictures that fit into 0 to 255."""
+    """Norms about 1, biases about 0, matrices that keep the size of what they map; pictures that fit into 0 to 255.
+
+    Running variances are about 0.01, so that the epsilon beside them counts, and the scales after them 0.1.
+    """
     generator, tensors = np.random.RandomState(0), {}
     for name, shape in shapes.items():
         noise = generator.standard_normal(shape)
         if len(shape) > 1:
             value = noise / np.sqrt(np.prod(shape[1:]))
         elif name.endswith("running_var"):
-            value = np.square(1 + 0.3 * noise)
+            value = 0.01 * np.square(1 + 0.3 * noise)
         else:
             value = 0.3 * noise + ("norm" in name and name.endswith("weight"))
-        tensors[name] = (0.3 * value if name.startswith("decoder.conv_out.") else value).astype(np.float32)
+        if name.startswith("decoder.conv_out."):
+            value *= 0.3
+        if name.endswith("weight") and name.replace("weight", "running_var") in shapes:
+            value *= 0.1
+        tensors[name] = value.astype(np.float32)
     return tensors
 
 
