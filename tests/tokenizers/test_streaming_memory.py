@@ -53,7 +53,8 @@ def test_sixty_seconds_in_the_memory_of_thirty(name, capsys):
     """
     tokenizer = streaming_cases.random_tokenizer(streaming_cases.RELEASED[name])
     step, second = tokenizer.samples_per_frame, tokenizer.sample_rate
-    audio = streaming_cases.noise(SECONDS * second + 77)
+    # Not the sound that the codes are latents of: after half of 32 levels nothing but rounding is left of that.
+    audio = streaming_cases.noise(SECONDS * second + 77, seed=1)
     frames = -(-audio.shape[1] // step)
     ids, sound = np.full((tokenizer.codebooks, frames), 1, np.int32), np.full((1, frames * step), 1, np.float32)
     encoder, decoder = tokenizer.stream(frames=FRAMES[name])
