@@ -10,7 +10,7 @@ from flax import nnx
 from omni_tokenizers.audio import AudioTokenizer, AudioTokenizerConfig, SpectralCodec
 from omni_tokenizers.base import NetTokenizer
 from omni_tokenizers.encodec import EncodecConfig, EncodecNet, EncodecTokenizer
-from omni_tokenizers.mimi import MimiConfig, MimiTokenizer
+from omni_tokenizers.mimi import MimiConfig, MimiNet, MimiTokenizer
 from omni_tokenizers.quantizers import nearest
 from omni_tokenizers.streaming import StreamingTokenizer
 
@@ -99,23 +99,49 @@ def made(kind: type, config, fill) -> NetTokenizer:
 
 
 def _fill_codebooks(net, audio) -> None:
+    for levels, latents in zip(_branches(net), _latents(net, audio), strict=True):
+        _fill(levels, latents)
+
+
+def _branches(net) -> list:
+    """Levels of each residual quantiser."""
+    return [part.levels for part in ((net.semantic, net.acoustic) if isinstance(net, MimiNet) else (net.quantizer,))]
+
+
+def _latents(net, audio) -> list:
+    """What each residual quantiser gets of sound in whole frames: [frames, dim]."""
     lengths = jnp.array([audio.shape[1]])
     if isinstance(net, SpectralCodec):
-        _fill(net.quantizer.levels, net.latents(*net.prepare(audio, lengths)))
-        return
+        return [net.latents(*net.prepare(audio, lengths))[0]]
     latents = net.encoder(audio[..., None], lengths)
     if isinstance(net, EncodecNet):
-        _fill(net.quantizer.levels, latents)
-        return
+        return [latents[0]]
     lengths = -(-lengths // net.config.hop)
     latents = net.down(net.encoder_transformer(latents, lengths), lengths)
-    for branch in (net.semantic, net.acoustic):
-        _fill(branch.levels, branch.enter(latents))
+    return [branch.enter(latents)[0] for branch in (net.semantic, net.acoustic)]
+
+
+def widest_tie(tokenizer: StreamingTokenizer, audio: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> float:
+    """How far the squared distances of two codes for the same sound are apart in float64, relatively, where they differ
+    in a frame first: levels after that quantise something else."""
+    net, widest = tokenizer.net, 0.0
+    audio = np.pad(audio, ((0, 0), (0, -audio.shape[1] % tokenizer.samples_per_frame)))
+    latents = nnx.jit(_latents)(net, audio)
+    for levels, branch in zip(_branches(net), latents, strict=True):
+        books = [np.asarray(level.codebook(), np.float64) for level in levels]
+        for frame in np.flatnonzero((ours[: len(books)] != theirs[: len(books)]).any(0)):
+            residual = np.asarray(branch[frame], np.float64)
+            level = int(np.argmax(ours[: len(books), frame] != theirs[: len(books), frame]))
+            residual = residual - sum(book[ours[index, frame]] for index, book in enumerate(books[:level]))
+            one, other = (np.square(residual - books[level][codes[level, frame]]).sum() for codes in (ours, theirs))
+            widest = max(widest, abs(one - other) / max(one, other))
+        ours, theirs = ours[len(books) :], theirs[len(books) :]
+    return widest
 
 
 def _fill(levels, latents) -> None:
     """Vectors of each level: latents that are left, blurred by half their spread."""
-    residual = latents[0]
+    residual = latents
     for index, level in enumerate(levels):
         vectors = level.vectors if hasattr(level, "vectors") else level.sum
         pick, blur = jax.random.split(jax.random.key(index))

@@ -14,6 +14,8 @@ STATUS = Path("/proc/self/statm")
 CASES = ["spectral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("encodec", "mimi"))]
 FRAMES = {"encodec": 8, "mimi": 1, "spectral": 5}
 """What a step takes."""
+TIE = 1e-5
+"""Codes may differ where two distances do not, relatively: the two sum in another order."""
 
 
 class Compilations:
@@ -44,14 +46,15 @@ def sizes() -> dict[str, int]:
 @pytest.mark.parametrize("name", CASES)
 def test_sixty_seconds_in_the_memory_of_thirty(name, capsys):
     """Arrays, Python's memory and the process are as large at the end as halfway, nothing is compiled later than that,
-    and codes and sound (within 1e-4) are those of the whole clip.
+    and codes (but for ties) and sound (within 1e-4) are those of the whole clip.
 
     The allocator of a large codec's process took 10 MB more at 20 s and at 90 s, and then nothing up to 300 s: such
     steps are left to it.
     """
     tokenizer = streaming_cases.random_tokenizer(streaming_cases.RELEASED[name])
     step, second = tokenizer.samples_per_frame, tokenizer.sample_rate
-    audio = streaming_cases.noise(SECONDS * second + 77)
+    # Not the sound that the codes are latents of: after half of 32 levels nothing but rounding is left of that.
+    audio = streaming_cases.noise(SECONDS * second + 77, seed=1)
     frames = -(-audio.shape[1] // step)
     ids, sound = np.full((tokenizer.codebooks, frames), 1, np.int32), np.full((1, frames * step), 1, np.float32)
     encoder, decoder = tokenizer.stream(frames=FRAMES[name])
@@ -80,6 +83,7 @@ def test_sixty_seconds_in_the_memory_of_thirty(name, capsys):
     whole = tokenizer.encode(audio[None]).ids[0]
     difference = np.abs(sound - tokenizer.decode(ids[None])[0]).max() / np.sqrt(np.square(sound).mean())
     with capsys.disabled():
-        print(f"{(ids != whole).sum()} of {ids.size} codes differ; sound by {difference:.1e} of its level")
+        differing = (ids != whole).any(0).sum()
+        print(f"codes differ after a tie in {differing} of {frames} frames; sound by {difference:.1e} of its level")
     assert difference < 1e-4
-    assert np.array_equal(ids, whole)
+    assert streaming_cases.widest_tie(tokenizer, audio, ids, whole) < TIE
