@@ -162,6 +162,7 @@ def vgg(path, seed=0):
     return str(path)
 
 
+@pytest.mark.slow
 def test_perceptual_loss_is_the_users_network(tmp_path, caplog):
     """With weights it moves the net, the result is signed with their hash and holds none of them, and other weights do
     not go on with the run; without, one line says that it is off."""
