@@ -150,7 +150,8 @@ def test_what_encoding_changes_is_said_once(run, directories, tmp_path, load_onc
     caplog.set_level(logging.INFO)
     assert run("tokenizer", "eval", directories["audio"], *(tmp_path / f"{name}.wav" for name in "abc"))[0] == 0
     mixed, resampled = "sound is mixed from 2 to 1 channels", "sound is resampled from 32000 to 16000 Hz"
-    assert [record.message for record in caplog.records] == [f"{mixed} (2 of 3)", f"{resampled} (2 of 3)"]
+    said = [record.message for record in caplog.records if "measured" not in record.message]
+    assert said == [f"{mixed} (2 of 3)", f"{resampled} (2 of 3)"]
     caplog.clear()
     mono = golden("encodec 48k").clips[0].audio[0]
     soundfile.write(tmp_path / "mono.wav", mono, 2400)

@@ -117,6 +117,7 @@ def test_a_pickle_that_asks_for_more_than_tensors_is_refused(tmp_path):
 def test_torch_files_need_torch(tmp_path, monkeypatch):
     """Without torch the error says which extra has it."""
     monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "vqgan.ckpt").touch()
     with pytest.raises(OmniError, match=r"vqgan\.ckpt.*omni-any-to-any\[torch\]"):
         checkpoints.import_checkpoint(tmp_path / "vqgan.ckpt")
 
