@@ -166,6 +166,8 @@ def _decoded(tokenizer, codes: omni_tokenizers.Codes) -> Part:
         raise OmniError(f"codes of {len(codes)} parts, of which a file holds one")
     if tokenizer.modality == "audio":
         return Audio(tokenizer.decode(codes)[0], tokenizer.sample_rate)
+    if codes.ids.ndim > 3:
+        raise OmniError("codes of a video, which can be decoded in Python alone so far")
     if tokenizer.takes_any_size and codes.ids.ndim == 3:
         _check_size(*np.multiply(codes.shape[1:], tokenizer.config.strides[-2:]))
     return Image(tokenizer.decode(codes)[0])
@@ -232,7 +234,8 @@ def _measured(measure: Callable[..., float], *arguments) -> float | None:
     except OmniError as error:
         logger.warning("not measured: %s", error)
         return None
-    if math.isnan(value):
-        logger.warning("not measured: %s, too short or silent", measure.__name__)
+    if not math.isfinite(value):  # which JSON has no number for
+        why = "too short or silent" if math.isnan(value) else "nothing was lost"
+        logger.warning("not measured: %s, %s", measure.__name__, why)
         return None
     return value

@@ -205,6 +205,7 @@ STEREO = {"modality": "audio", "codes": [[[1, 2]]], "scales": [[1.0]], "lengths"
         ("encodec 48k", STEREO | {"lengths": [25]}, 1, "lengths must lie in 1 to 24"),
         ("encodec 48k", STEREO | {"lengths": {}}, 1, "lengths must be 1 integers"),
         ("vqgan", {"codes": [[[1, 2]]], "sizes": [[3, 4]]}, 1, "sizes must lie in"),
+        ("vqgan", {"codes": np.zeros((1, 1, 600, 600), int).tolist()}, 1, "codes of a video"),
         ("vqgan", {"codes": np.zeros((1, 1025, 1024), int).tolist()}, 1, "2048x2050 pixels are more than 4.2 million"),
         ("text", {"codes": [99999]}, 1, "code 99999 is outside"),
         ("text", {"codes": [[1]]}, 1, "codes must have the axes [length]"),
@@ -239,3 +240,13 @@ def test_bad_sound_and_pictures_are_one_line(run, directories, load_once, tmp_pa
     for name, file, code, message in cases:
         found, out, err = run("tokenizer", "encode", directories[name], tmp_path / file)
         assert (found, out) == (code, "") and message in err and len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.parametrize(("value", "why"), [(np.inf, "nothing was lost"), (np.nan, "too short or silent")])
+def test_what_json_has_no_number_for_is_null_and_said(value, why, caplog):
+    """A measure without a finite value is None, so that what eval prints stays JSON."""
+
+    def psnr() -> float:
+        return value
+
+    assert tokenizer_tools._measured(psnr) is None and f"not measured: psnr, {why}" in caplog.text

@@ -29,13 +29,14 @@ class Remote:
 
     def call(self, method: str, *arguments) -> Any:
         """Calls a method and waits for its result."""
-        self._connection.send((method, arguments))
-        return self._answer()
+        return self._answer((method, arguments))
 
-    def _answer(self) -> Any:
+    def _answer(self, message: tuple | None = None) -> Any:
         try:
+            if message is not None:
+                self._connection.send(message)
             error, result = self._connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self._process.join()
             raise OmniError(
                 f"{self.name}: the process ended by itself (exit {self._process.exitcode}); was memory short?"

@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import os
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -99,6 +102,12 @@ def test_a_failure_elsewhere_is_one_line_here():
         assert remote.call("pop") == "a"  # it goes on
     with Remote("ours", importlib.import_module, "os") as remote, pytest.raises(OmniError, match="exit 3"):
         remote.call("_exit", 3)
+    with Remote("ours", importlib.import_module, "os") as remote:
+        os.kill(remote.call("getpid"), signal.SIGKILL)  # between two calls, as where memory ran short
+        while remote._process.is_alive():
+            time.sleep(0.01)
+        with pytest.raises(OmniError, match="exit -9"):
+            remote.call("getpid")
     with pytest.raises(OmniError, match="ours: ModuleNotFoundError"):
         Remote("ours", importlib.import_module, "no_such_module")
 

@@ -471,8 +471,8 @@ def as_pixels(image: Float[Array, "*axes"]) -> UInt8[Array, "*axes"]:
 
 
 def _rows(sizes: Int[np.ndarray, " axes"]) -> int:
-    """How many pictures of this size go through a net together."""
-    return max(1, PIXELS // int(np.prod(sizes, dtype=np.int64)))
+    """How many pictures of this size go through a net together: a power of two."""
+    return 1 << max(PIXELS // int(np.prod(sizes, dtype=np.int64)), 1).bit_length() - 1
 
 
 def _cropped(pixels: UInt8[np.ndarray, "batch ... 3"], sizes) -> UInt8[np.ndarray, "batch ... 3"]:
