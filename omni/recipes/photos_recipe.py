@@ -46,10 +46,7 @@ QUANTIZERS: dict[str, SingleQuantizerConfig] = {
 def photos_training(
     output: str, quantizer: SingleQuantizerConfig = QUANTIZERS["ema"], steps: int = 3000
 ) -> TrainConfig:
-    """64 x 64 pixels as 16 x 16 codes of 9 bits; the loss is the squared error alone, because PSNR is what is measured.
-
-    Muon: after 300 steps it had 28.5 dB on the validation photo, AdamW 26.6.
-    """
+    """64 x 64 pixels as 16 x 16 codes of 9 bits; the loss is the squared error alone, because PSNR is what is measured."""
     tokenizer = ImageTokenizerConfig(
         image_size=64,
         patch_size=4,
