@@ -26,14 +26,16 @@ TINY = ImageTokenizerConfig(image_size=32, patch_size=8, channels=8, multipliers
 
 
 def test_no_photo_is_on_two_sides():
-    """14 photos in colour or grey; the two views of the motorcycle are on one side."""
+    """15 photos in colour or grey; the two views of the motorcycle are on one side."""
     splits = {split: photos.load(split) for split in photos.PHOTOS}
     names = [name for split in splits.values() for name in split]
     assert len(names) == len(set(names)) == 15
     assert {"motorcycle_left", "motorcycle_right"} <= set(splits["train"])
     assert set(splits["held_out"]) == {"chelsea", "coffee", "china"}
     for photo in (photo for split in splits.values() for photo in split.values()):
-        assert photo.dtype == np.uint8 and photo.shape[2] == 3 and min(photo.shape[:2]) >= 300 and photo.std() > 5
+        assert photo.dtype == np.uint8 and photo.shape[2] == 3 and photo.std() > 5
+    smallest = min(side for split in splits.values() for photo in split.values() for side in photo.shape[:2])
+    assert smallest == photos.SMALLEST_SIDE
     with pytest.raises(UsageError, match="held_out"):
         photos.load("test")
 
@@ -51,6 +53,15 @@ def test_crops_are_reduced_and_lie_in_eight_ways():
     assert len({tuple(way) for way in np.rint(slopes / scales[:, None])}) == 8
     assert abs((np.abs(scales - 1) < 1e-9).mean() - 0.5) < 0.1, "half of the crops keep the photo's own pixels"
     assert 2.8 < scales.max() < 3.1 and scales.min() > 0.97
+
+
+@pytest.mark.parametrize("size", [0, 301])
+def test_crops_fit_into_every_photo(size):
+    """The smallest photo gives crops of its whole height; larger ones, and none, are refused before anything is read."""
+    assert all(len(photos.fixed_crops(split, 300)) for split in photos.PHOTOS)
+    assert photos.PhotoCrops(300).dataset(0)[0]["image"].shape == (300, 300, 3)
+    with pytest.raises(UsageError, match=f"size is {size}; .* 1 to 300"):
+        photos.PhotoCrops(size)
 
 
 def test_examples_depend_on_seed_and_index_alone():
