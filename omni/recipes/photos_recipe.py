@@ -13,7 +13,7 @@ from omni.recipes import photos, photos_evaluation
 from omni.train.loop import TrainConfig, train
 from omni.train.metrics import read_metrics
 from omni.train.optimizer import OptimizerConfig
-from omni.train.run_directory import claim, to_json, write_json
+from omni.train.run_directory import claim, read_json, to_json, write_json
 from omni.train.tokenizers import ImageTokenizerTask
 from omni_tokenizers.errors import UsageError
 from omni_tokenizers.image import ImageTokenizerConfig
@@ -46,7 +46,7 @@ QUANTIZERS: dict[str, SingleQuantizerConfig] = {
 def photos_training(
     output: str, quantizer: SingleQuantizerConfig = QUANTIZERS["ema"], steps: int = 3000
 ) -> TrainConfig:
-    """64 x 64 pixels as 16 x 16 codes of 9 bits; the loss is the squared error alone, because PSNR is what is measured."""
+    """64 x 64 pixels as 16 x 16 codes of 9 bits; the loss is the squared error alone, as PSNR is what is measured."""
     tokenizer = ImageTokenizerConfig(
         image_size=64,
         patch_size=4,
@@ -83,9 +83,11 @@ class QuantizerComparison:
             raise UsageError(f"unknown quantizer {unknown[0]!r}; choose among {', '.join(QUANTIZERS)}")
 
     def run(self) -> None:
-        """Trains and measures all; results.json has a line for each quantiser that is done."""
-        output, results = epath.Path(self.output), {}
+        """Trains and measures all; results.json has a line for each quantiser that is done, now or before."""
+        output = epath.Path(self.output)
         claim(output, to_json(self), may_change=("quantizers",))
+        before = read_json(output / "results.json") if (output / "results.json").exists() else {}
+        results = before["quantizers"] if before.get("steps") == self.steps else {}
         for name in self.quantizers:
             logger.info("%s: %d steps", name, self.steps)
             directory = output / name.replace(", ", "_")

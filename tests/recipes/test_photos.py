@@ -57,7 +57,7 @@ def test_crops_are_reduced_and_lie_in_eight_ways():
 
 @pytest.mark.parametrize("size", [0, 301])
 def test_crops_fit_into_every_photo(size):
-    """The smallest photo gives crops of its whole height; larger ones, and none, are refused before anything is read."""
+    """The smallest photo gives crops of its whole height; larger ones, and none, are refused."""
     assert all(len(photos.fixed_crops(split, 300)) for split in photos.PHOTOS)
     assert photos.PhotoCrops(300).dataset(0)[0]["image"].shape == (300, 300, 3)
     with pytest.raises(UsageError, match=f"size is {size}; .* 1 to 300"):
@@ -155,7 +155,7 @@ def test_the_experiment_trains_from_the_command_line(tmp_path):
 
 @pytest.mark.slow
 def test_quantizers_are_compared_and_the_comparison_goes_on(tmp_path, monkeypatch):
-    """One command trains and measures each; again, it trains nothing anew and adds what is new."""
+    """One command trains and measures each; again, it trains nothing anew, adds what is new and keeps the rest."""
 
     def small_training(output, quantizer, steps):
         config = photos_training(output, quantizer, steps)
@@ -166,15 +166,17 @@ def test_quantizers_are_compared_and_the_comparison_goes_on(tmp_path, monkeypatc
     photos_training = photos_recipe.photos_training
     monkeypatch.setattr(photos_recipe, "photos_training", small_training)
     monkeypatch.setattr(photos, "fixed_crops", lambda split, size: np.zeros((2, size, size, 3), np.uint8))
-    two = ("fsq", "lfq")
     command = ["tokenizer", "train", str(EXPERIMENTS / "compare_quantizers.py"), "--output", str(tmp_path)]
     main([*command, "--steps", "2", "--quantizers", "fsq"])
     trained = (tmp_path / "fsq" / "weights.safetensors").stat().st_mtime_ns
-    main([*command, "--steps", "2", "--quantizers", *two])
+    main([*command, "--steps", "2", "--quantizers", "lfq"])
     assert (tmp_path / "fsq" / "weights.safetensors").stat().st_mtime_ns == trained
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["steps"] == 2 and list(results["quantizers"]) == ["fsq", "lfq"]
     assert {"psnr", "ssim", "usage", "perplexity", "training_seconds"} <= set(results["quantizers"]["lfq"])
+    main([*command, "--steps", "3", "--quantizers", "lfq"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["steps"] == 3 and list(results["quantizers"]) == ["lfq"], "no other was trained for as long"
     assert {quantizer.codebook_size for quantizer in photos_recipe.QUANTIZERS.values()} == {512}
     with pytest.raises(UsageError, match="vq-gan"):
         photos_recipe.QuantizerComparison(quantizers=("vq-gan",))
