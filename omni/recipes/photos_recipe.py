@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import statistics
 from dataclasses import dataclass
 
 from etils import epath
@@ -11,7 +10,7 @@ from etils import epath
 import omni_tokenizers
 from omni.recipes import photos, photos_evaluation
 from omni.train.loop import TrainConfig, train
-from omni.train.metrics import read_metrics
+from omni.train.metrics import training_seconds
 from omni.train.optimizer import OptimizerConfig
 from omni.train.run_directory import claim, read_json, to_json, write_json
 from omni.train.tokenizers import ImageTokenizerTask
@@ -98,5 +97,5 @@ class QuantizerComparison:
     def _measured(self, directory: epath.Path) -> dict:
         tokenizer = omni_tokenizers.load(directory)
         held_out = photos.fixed_crops("held_out", tokenizer.image_size)
-        speed = statistics.median(line["steps_per_second"] for line in read_metrics(directory))
-        return photos_evaluation.measure(tokenizer, held_out) | {"training_seconds": round(self.steps / speed, 1)}
+        seconds = max(training_seconds(directory).values())
+        return photos_evaluation.measure(tokenizer, held_out) | {"training_seconds": round(seconds, 1)}

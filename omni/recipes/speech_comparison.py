@@ -19,6 +19,7 @@ from omni.data.loader import batches
 from omni.recipes import opus, speech
 from omni.train.checkpoints import Checkpoints
 from omni.train.loop import TrainConfig, train
+from omni.train.metrics import training_seconds
 from omni.train.optimizer import OptimizerConfig
 from omni.train.run_directory import claim, read_json, to_json, write_json
 from omni.train.step import TrainState, make_state, make_train_step
@@ -108,7 +109,7 @@ class SpeechComparison:
             config = self.training(output / name, task, steps)
             logger.info("%s: %d steps", name, steps)
             train(config)
-            curves[name] = curve(config, clips, seconds[name])
+            curves[name] = curve(config, clips)
             write_json(output / "results.json", self.results(clips, curves, seconds))
 
     def tasks(self, output: epath.Path) -> dict[str, AudioTokenizerTask]:
@@ -148,7 +149,10 @@ class SpeechComparison:
 def calibrated(
     path: epath.Path, tasks: dict[str, AudioTokenizerTask], batch_size: int, optimizer: OptimizerConfig
 ) -> dict[str, float]:
-    """Seconds that a step of each takes: medians of steps taken in turn. Measured once; the file keeps them."""
+    """Seconds that a step of each takes: medians of steps taken in turn. Measured once; the file keeps them.
+
+    They choose how many steps each codec takes; what training took in the end is measured as it runs.
+    """
     if path.exists():
         return read_json(path)
     stepping = {name: _steps(task, batch_size, optimizer) for name, task in tasks.items()}
@@ -170,8 +174,8 @@ def _steps(task: AudioTokenizerTask, batch_size: int, optimizer: OptimizerConfig
         yield time.monotonic() - start
 
 
-def curve(config: TrainConfig, clips: Sequence[np.ndarray], seconds_per_step: float) -> list[dict[str, float]]:
-    """Held-out quality at each checkpoint of a finished run, against the seconds of training it took."""
+def curve(config: TrainConfig, clips: Sequence[np.ndarray]) -> list[dict[str, float]]:
+    """Held-out quality at each checkpoint of a finished run, against the measured seconds of training."""
     path = epath.Path(config.output) / "curve.json"
     if path.exists():
         return read_json(path)
@@ -183,11 +187,11 @@ def curve(config: TrainConfig, clips: Sequence[np.ndarray], seconds_per_step: fl
             audio, lengths, None, training=False
         )
     )
-    points = []
+    points, seconds = [], training_seconds(config.output)
     with Checkpoints(config.output, config.keep, config.task.metadata()) as checkpoints:
         for step in checkpoints.steps():
             state, _ = checkpoints.restore(abstract, step)
-            point = {"step": step, "seconds": round(step * seconds_per_step, 1)}
+            point = {"step": step, "training_seconds": round(seconds[step], 1)}
             points.append(point | through(autoencode, state, clips))
     write_json(path, points)
     return points

@@ -12,7 +12,7 @@ from flax import nnx
 import omni_tokenizers
 from omni.cli import main
 from omni.recipes import photos, photos_baselines, photos_evaluation, photos_recipe
-from omni.train.metrics import read_metrics
+from omni.train.metrics import read_metrics, training_seconds
 from omni.train.optimizer import OptimizerConfig
 from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.image import ImageTokenizer, ImageTokenizerConfig, ImageVQ
@@ -177,6 +177,7 @@ def test_quantizers_are_compared_and_the_comparison_goes_on(tmp_path, monkeypatc
     main([*command, "--steps", "3", "--quantizers", "lfq"])
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["steps"] == 3 and list(results["quantizers"]) == ["lfq"], "no other was trained for as long"
+    assert results["quantizers"]["lfq"]["training_seconds"] == round(training_seconds(tmp_path / "lfq")[3], 1)
     assert {quantizer.codebook_size for quantizer in photos_recipe.QUANTIZERS.values()} == {512}
     with pytest.raises(UsageError, match="vq-gan"):
         photos_recipe.QuantizerComparison(quantizers=("vq-gan",))

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from omni.recipes import espeak, opus, sentences, speech, speech_comparison
+from omni.train.metrics import training_seconds
 from omni.train.optimizer import OptimizerConfig
 from omni_tokenizers.audio import AudioTokenizerConfig, SpectralCodec
 from omni_tokenizers.encodec import EncodecNet
@@ -152,8 +153,11 @@ def test_codecs_are_compared_and_the_comparison_goes_on(directory, tmp_path, mon
     comparison.run()
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["bits_per_second"] == 75 * 2 * 3 and results["clips"] == 2
-    times = {name: [(point["step"], point["seconds"]) for point in curve] for name, curve in results["codecs"].items()}
-    assert times == {"spectral": [(2, 2.0), (4, 4.0)], "seanet_4": [(1, 2.0), (2, 4.0)]}
+    steps = {name: [point["step"] for point in curve] for name, curve in results["codecs"].items()}
+    assert steps == {"spectral": [2, 4], "seanet_4": [1, 2]}
+    for name, curve in results["codecs"].items():
+        seconds = training_seconds(tmp_path / name)
+        assert [point["training_seconds"] for point in curve] == [round(seconds[step], 1) for step in steps[name]]
     measures = [point["mel_distance"] for curve in results["codecs"].values() for point in curve]
     assert len(set(measures)) == 4 and results["opus"]["bits_per_second"] > 5000
     trained = (tmp_path / "seanet_4" / "curve.json").stat().st_mtime_ns
