@@ -175,10 +175,12 @@ def _steps(task: AudioTokenizerTask, batch_size: int, optimizer: OptimizerConfig
 
 
 def curve(config: TrainConfig, clips: Sequence[np.ndarray]) -> list[dict[str, float]]:
-    """Held-out quality at each checkpoint of a finished run, against the measured seconds of training."""
+    """Held-out quality at each checkpoint of a finished run, against the measured seconds of training.
+
+    The file keeps each point, so that a run that went on has only its new checkpoints measured.
+    """
     path = epath.Path(config.output) / "curve.json"
-    if path.exists():
-        return read_json(path)
+    known = {point["step"]: point for point in read_json(path)} if path.exists() else {}
     graphdef, abstract = jax.eval_shape(lambda: make_state(config.task, config.optimizer, config.steps, config.seed))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
@@ -187,12 +189,15 @@ def curve(config: TrainConfig, clips: Sequence[np.ndarray]) -> list[dict[str, fl
             audio, lengths, None, training=False
         )
     )
-    points, seconds = [], training_seconds(config.output)
+    seconds = training_seconds(config.output)
     with Checkpoints(config.output, config.keep, config.task.metadata()) as checkpoints:
-        for step in checkpoints.steps():
-            state, _ = checkpoints.restore(abstract, step)
-            point = {"step": step, "training_seconds": round(seconds[step], 1)}
-            points.append(point | through(autoencode, state, clips))
+        steps = checkpoints.steps()
+        for step in steps:
+            if step not in known:
+                state, _ = checkpoints.restore(abstract, step)
+                known[step] = {"step": step, "training_seconds": round(seconds[step], 1)}
+                known[step] |= through(autoencode, state, clips)
+    points = [known[step] for step in steps]
     write_json(path, points)
     return points
 
