@@ -142,6 +142,15 @@ def test_results_hold_tokenizer_and_baselines(monkeypatch, tmp_path):
     assert {"psnr", "patches_of"} <= set(results["k_means"]) and results["webp"]["psnr"] > 0
 
 
+def test_a_run_that_is_not_there_is_one_line(monkeypatch, tmp_path, capsys):
+    """`python -m omni.recipes.photos_evaluation` exits as `omni` does."""
+    monkeypatch.setattr("sys.argv", ["", str(tmp_path / "run"), str(tmp_path / "photos.json")])
+    with pytest.raises(SystemExit) as exit:
+        photos_evaluation.main()
+    line = capsys.readouterr().err
+    assert exit.value.code == 1 and line.startswith("omni: ") and line.count("\n") == 1
+
+
 def test_the_experiment_trains_from_the_command_line(tmp_path):
     """`omni tokenizer train experiments/tokenizers/photos.py` with overrides leaves a tokenizer that opens."""
     output = tmp_path / "run"

@@ -86,6 +86,34 @@ def test_prepared_speech_is_kept(directory, tmp_path):
         speech.load(tmp_path, "train")
 
 
+def test_speech_is_prepared_into_an_empty_directory_only(tmp_path, monkeypatch):
+    """An empty directory is filled; one that holds something else is refused, in words that lead on."""
+    utterance = espeak.Utterance("Hello.", "en-us+m1", 150, 50)
+    monkeypatch.setattr(speech, "plan", lambda seed: {split: [utterance] for split in ("train", "held_out")})
+    monkeypatch.setattr(espeak, "speak", lambda utterances: iter([np.zeros(0, np.float32)] * len(list(utterances))))
+    monkeypatch.setattr(espeak, "trimmed", lambda *_: np.zeros(5, np.int16))
+    (tmp_path / "empty").mkdir()
+    assert len(speech.load(speech.prepare(tmp_path / "empty"), "train")) == 1
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "notes.txt").touch()
+    with pytest.raises(OmniError, match=r"else: holds something else than speech; .*another directory"):
+        speech.prepare(tmp_path / "else")
+
+
+@pytest.mark.parametrize(("error", "code"), [(OmniError, 1), (UsageError, 2)])
+def test_errors_are_one_line(monkeypatch, capsys, error, code):
+    """`python -m omni.recipes.speech DIRECTORY` exits as `omni` does."""
+
+    def failing(*_):
+        raise error("no voice")
+
+    monkeypatch.setattr(speech, "prepare", failing)
+    monkeypatch.setattr("sys.argv", ["", "data"])
+    with pytest.raises(SystemExit) as exit:
+        speech.main()
+    assert exit.value.code == code and capsys.readouterr().err == "omni: no voice\n"
+
+
 def test_excerpts_depend_on_seed_and_index_alone(directory):
     """Excerpts of fixed length from anywhere in a clip, quieter by 0 to 12 dB, short clips padded."""
     examples = speech.SpeechExcerpts(str(directory))
