@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from omni_tokenizers.errors import OmniError, UsageError
@@ -25,11 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(arguments)
     if overrides and not getattr(options, "takes_overrides", False):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-    try:
+    with exits():
         if getattr(options, "takes_overrides", False):
             options.run(options, overrides)
         else:
             options.run(options)
+
+
+@contextmanager
+def exits() -> Iterator[None]:
+    """What goes wrong becomes a line on stderr and the exit code of `main`."""
+    try:
+        yield
     except UsageError as error:
         _fail(error, EXIT_USAGE)
     except OmniError as error:

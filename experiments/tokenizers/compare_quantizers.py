@@ -1,4 +1,4 @@
-"""The small image recipe with each quantiser of 9 bits a code, for about five minutes each on two CPU cores.
+"""The small image recipe with each quantiser of 9 bits a code, side by side.
 
     omni tokenizer train experiments/tokenizers/compare_quantizers.py
 

@@ -41,6 +41,7 @@ PHOTOS: dict[Split, dict[str, tuple[str, ...]]] = {
     "validation": {"skimage": ("data/astronaut.png",)},
     "held_out": {"skimage": ("data/chelsea.png", "data/coffee.png"), "sklearn": ("datasets/images/china.jpg",)},
 }
+SMALLEST_SIDE = 300  # pixels; chelsea's height
 LARGEST_SCALE = 3.0  # pixels of a photo, along a side, that one pixel of a training crop stands for at most
 
 
@@ -50,6 +51,10 @@ class PhotoCrops(Examples):
 
     size: int
     """Height and width in pixels."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= SMALLEST_SIDE:
+            raise UsageError(f"size is {self.size}; crops of every photo have 1 to {SMALLEST_SIDE} pixels a side")
 
     def dataset(self, seed: int) -> grain.MapDataset:
         """Each photo is as frequent as the others."""

@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 import omni_tokenizers
+from omni.cli import exits
 from omni.recipes import photos
 from omni.recipes.photos_baselines import KMeansConfig, fit_k_means, quantized, webp_nearest
-from omni_tokenizers.errors import OmniError
 from omni_tokenizers.image import ImageTokenizer
 from omni_tokenizers.image_metrics import codebook_use, psnr, ssim
 
@@ -78,12 +78,10 @@ def main() -> None:
     parser.add_argument("run", help="the directory of a trained tokenizer")
     parser.add_argument("results", type=Path, help="the JSON file to write")
     options = parser.parse_args()
-    try:
+    with exits():
         results = evaluate(omni_tokenizers.load(options.run), KMeansConfig())
-    except OmniError as error:
-        parser.error(str(error))
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(results, indent=1) + "\n")
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+        options.results.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import statistics
 from dataclasses import dataclass
 
 from etils import epath
@@ -11,9 +10,9 @@ from etils import epath
 import omni_tokenizers
 from omni.recipes import photos, photos_evaluation
 from omni.train.loop import TrainConfig, train
-from omni.train.metrics import read_metrics
+from omni.train.metrics import training_seconds
 from omni.train.optimizer import OptimizerConfig
-from omni.train.run_directory import claim, to_json, write_json
+from omni.train.run_directory import claim, read_json, to_json, write_json
 from omni.train.tokenizers import ImageTokenizerTask
 from omni_tokenizers.errors import UsageError
 from omni_tokenizers.image import ImageTokenizerConfig
@@ -46,10 +45,7 @@ QUANTIZERS: dict[str, SingleQuantizerConfig] = {
 def photos_training(
     output: str, quantizer: SingleQuantizerConfig = QUANTIZERS["ema"], steps: int = 3000
 ) -> TrainConfig:
-    """64 x 64 pixels as 16 x 16 codes of 9 bits; the loss is the squared error alone, because PSNR is what is measured.
-
-    Muon: after 300 steps it had 28.5 dB on the validation photo, AdamW 26.6.
-    """
+    """64 x 64 pixels as 16 x 16 codes of 9 bits; the loss is the squared error alone, as PSNR is what is measured."""
     tokenizer = ImageTokenizerConfig(
         image_size=64,
         patch_size=4,
@@ -86,9 +82,11 @@ class QuantizerComparison:
             raise UsageError(f"unknown quantizer {unknown[0]!r}; choose among {', '.join(QUANTIZERS)}")
 
     def run(self) -> None:
-        """Trains and measures all; results.json has a line for each quantiser that is done."""
-        output, results = epath.Path(self.output), {}
+        """Trains and measures all; results.json has a line for each quantiser that is done, now or before."""
+        output = epath.Path(self.output)
         claim(output, to_json(self), may_change=("quantizers",))
+        before = read_json(output / "results.json") if (output / "results.json").exists() else {}
+        results = before["quantizers"] if before.get("steps") == self.steps else {}
         for name in self.quantizers:
             logger.info("%s: %d steps", name, self.steps)
             directory = output / name.replace(", ", "_")
@@ -99,5 +97,5 @@ class QuantizerComparison:
     def _measured(self, directory: epath.Path) -> dict:
         tokenizer = omni_tokenizers.load(directory)
         held_out = photos.fixed_crops("held_out", tokenizer.image_size)
-        speed = statistics.median(line["steps_per_second"] for line in read_metrics(directory))
-        return photos_evaluation.measure(tokenizer, held_out) | {"training_seconds": round(self.steps / speed, 1)}
+        seconds = max(training_seconds(directory).values())
+        return photos_evaluation.measure(tokenizer, held_out) | {"training_seconds": round(seconds, 1)}

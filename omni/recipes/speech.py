@@ -19,6 +19,7 @@ from etils import epath
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
+from omni.cli import exits
 from omni.data.examples import Examples
 from omni.recipes import espeak, sentences
 from omni.train.run_directory import read_json, write_json
@@ -89,13 +90,15 @@ class SpeechExcerpts(Examples):
 
 
 def prepare(directory: epath.PathLike, seed: int = 0) -> epath.Path:
-    """Has all sentences spoken; the directory appears when it is whole, and one of this seed is left alone.
+    """Has all sentences spoken; the directory, absent or empty before, is filled; one of this seed is left alone.
 
     Raises:
       OmniError: the directory holds something else, a package of the extra `quickstart` is missing, or espeak-ng fails.
     """
     directory = epath.Path(directory)
-    if directory.exists():
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        if not (directory / "manifest.json").exists():
+            raise OmniError(f"{directory}: holds something else than speech; remove it or choose another directory")
         found = _manifest(directory)["seed"]
         if found != seed:
             raise OmniError(f"{directory}: made with seed {found}, not {seed}; remove it or choose another directory")
@@ -118,6 +121,8 @@ def prepare(directory: epath.PathLike, seed: int = 0) -> epath.Path:
         ]
     versions = {name: importlib.metadata.version(name) for name in ("espeakng-loader", "soxr")}
     write_json(partial / "manifest.json", {"format": FORMAT, "seed": seed, "packages": versions, "splits": splits})
+    if directory.exists():
+        directory.rmdir()  # it was empty, and a directory is not renamed onto another
     return partial.rename(directory)
 
 
@@ -179,10 +184,8 @@ def main() -> None:
     parser.add_argument("directory")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    try:
+    with exits():
         prepare(options.directory, options.seed)
-    except OmniError as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

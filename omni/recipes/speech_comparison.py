@@ -19,6 +19,7 @@ from omni.data.loader import batches
 from omni.recipes import opus, speech
 from omni.train.checkpoints import Checkpoints
 from omni.train.loop import TrainConfig, train
+from omni.train.metrics import training_seconds
 from omni.train.optimizer import OptimizerConfig
 from omni.train.run_directory import claim, read_json, to_json, write_json
 from omni.train.step import TrainState, make_state, make_train_step
@@ -108,7 +109,7 @@ class SpeechComparison:
             config = self.training(output / name, task, steps)
             logger.info("%s: %d steps", name, steps)
             train(config)
-            curves[name] = curve(config, clips, seconds[name])
+            curves[name] = curve(config, clips)
             write_json(output / "results.json", self.results(clips, curves, seconds))
 
     def tasks(self, output: epath.Path) -> dict[str, AudioTokenizerTask]:
@@ -148,7 +149,10 @@ class SpeechComparison:
 def calibrated(
     path: epath.Path, tasks: dict[str, AudioTokenizerTask], batch_size: int, optimizer: OptimizerConfig
 ) -> dict[str, float]:
-    """Seconds that a step of each takes: medians of steps taken in turn. Measured once; the file keeps them."""
+    """Seconds that a step of each takes: medians of steps taken in turn. Measured once; the file keeps them.
+
+    They choose how many steps each codec takes; what training took in the end is measured as it runs.
+    """
     if path.exists():
         return read_json(path)
     stepping = {name: _steps(task, batch_size, optimizer) for name, task in tasks.items()}
@@ -170,11 +174,13 @@ def _steps(task: AudioTokenizerTask, batch_size: int, optimizer: OptimizerConfig
         yield time.monotonic() - start
 
 
-def curve(config: TrainConfig, clips: Sequence[np.ndarray], seconds_per_step: float) -> list[dict[str, float]]:
-    """Held-out quality at each checkpoint of a finished run, against the seconds of training it took."""
+def curve(config: TrainConfig, clips: Sequence[np.ndarray]) -> list[dict[str, float]]:
+    """Held-out quality at each checkpoint of a finished run, against the measured seconds of training.
+
+    The file keeps each point, so that a run that went on has only its new checkpoints measured.
+    """
     path = epath.Path(config.output) / "curve.json"
-    if path.exists():
-        return read_json(path)
+    known = {point["step"]: point for point in read_json(path)} if path.exists() else {}
     graphdef, abstract = jax.eval_shape(lambda: make_state(config.task, config.optimizer, config.steps, config.seed))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
@@ -183,12 +189,15 @@ def curve(config: TrainConfig, clips: Sequence[np.ndarray], seconds_per_step: fl
             audio, lengths, None, training=False
         )
     )
-    points = []
+    seconds = training_seconds(config.output)
     with Checkpoints(config.output, config.keep, config.task.metadata()) as checkpoints:
-        for step in checkpoints.steps():
-            state, _ = checkpoints.restore(abstract, step)
-            point = {"step": step, "seconds": round(step * seconds_per_step, 1)}
-            points.append(point | through(autoencode, state, clips))
+        steps = checkpoints.steps()
+        for step in steps:
+            if step not in known:
+                state, _ = checkpoints.restore(abstract, step)
+                known[step] = {"step": step, "training_seconds": round(seconds[step], 1)}
+                known[step] |= through(autoencode, state, clips)
+    points = [known[step] for step in steps]
     write_json(path, points)
     return points
 

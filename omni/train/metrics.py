@@ -57,6 +57,20 @@ def read_metrics(directory: epath.PathLike) -> list[dict[str, float]]:
     return list(_lines(path.read_text())) if path.exists() else []
 
 
+def training_seconds(directory: epath.PathLike) -> dict[int, float]:
+    """Seconds that a run had trained for at each logged step, the steps of all its attempts together.
+
+    Measured: the sum of what each line took since the one before. They include compiling and waiting for data, but
+    neither the measuring of held-out batches nor steps that were lost when the run was killed.
+    """
+    seconds, elapsed, before = {}, 0.0, 0
+    for line in read_metrics(directory):
+        elapsed += (line["step"] - before) / line["steps_per_second"]
+        before = line["step"]
+        seconds[before] = elapsed
+    return seconds
+
+
 def mean(sums: Iterable[Metrics]) -> dict[str, float]:
     """Metrics of several steps (host values), each total over its weight; those that weigh nothing are left out."""
     totals: dict[str, list[float]] = {}

@@ -12,7 +12,7 @@ from flax import nnx
 import omni_tokenizers
 from omni.cli import main
 from omni.recipes import photos, photos_baselines, photos_evaluation, photos_recipe
-from omni.train.metrics import read_metrics
+from omni.train.metrics import read_metrics, training_seconds
 from omni.train.optimizer import OptimizerConfig
 from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.image import ImageTokenizer, ImageTokenizerConfig, ImageVQ
@@ -26,14 +26,16 @@ TINY = ImageTokenizerConfig(image_size=32, patch_size=8, channels=8, multipliers
 
 
 def test_no_photo_is_on_two_sides():
-    """14 photos in colour or grey; the two views of the motorcycle are on one side."""
+    """15 photos in colour or grey; the two views of the motorcycle are on one side."""
     splits = {split: photos.load(split) for split in photos.PHOTOS}
     names = [name for split in splits.values() for name in split]
     assert len(names) == len(set(names)) == 15
     assert {"motorcycle_left", "motorcycle_right"} <= set(splits["train"])
     assert set(splits["held_out"]) == {"chelsea", "coffee", "china"}
     for photo in (photo for split in splits.values() for photo in split.values()):
-        assert photo.dtype == np.uint8 and photo.shape[2] == 3 and min(photo.shape[:2]) >= 300 and photo.std() > 5
+        assert photo.dtype == np.uint8 and photo.shape[2] == 3 and photo.std() > 5
+    smallest = min(side for split in splits.values() for photo in split.values() for side in photo.shape[:2])
+    assert smallest == photos.SMALLEST_SIDE
     with pytest.raises(UsageError, match="held_out"):
         photos.load("test")
 
@@ -51,6 +53,15 @@ def test_crops_are_reduced_and_lie_in_eight_ways():
     assert len({tuple(way) for way in np.rint(slopes / scales[:, None])}) == 8
     assert abs((np.abs(scales - 1) < 1e-9).mean() - 0.5) < 0.1, "half of the crops keep the photo's own pixels"
     assert 2.8 < scales.max() < 3.1 and scales.min() > 0.97
+
+
+@pytest.mark.parametrize("size", [0, 301])
+def test_crops_fit_into_every_photo(size):
+    """The smallest photo gives crops of its whole height; larger ones, and none, are refused."""
+    assert all(len(photos.fixed_crops(split, 300)) for split in photos.PHOTOS)
+    assert photos.PhotoCrops(300).dataset(0)[0]["image"].shape == (300, 300, 3)
+    with pytest.raises(UsageError, match=f"size is {size}; .* 1 to 300"):
+        photos.PhotoCrops(size)
 
 
 def test_examples_depend_on_seed_and_index_alone():
@@ -131,6 +142,15 @@ def test_results_hold_tokenizer_and_baselines(monkeypatch, tmp_path):
     assert {"psnr", "patches_of"} <= set(results["k_means"]) and results["webp"]["psnr"] > 0
 
 
+def test_a_run_that_is_not_there_is_one_line(monkeypatch, tmp_path, capsys):
+    """`python -m omni.recipes.photos_evaluation` exits as `omni` does."""
+    monkeypatch.setattr("sys.argv", ["", str(tmp_path / "run"), str(tmp_path / "photos.json")])
+    with pytest.raises(SystemExit) as exit:
+        photos_evaluation.main()
+    line = capsys.readouterr().err
+    assert exit.value.code == 1 and line.startswith("omni: ") and line.count("\n") == 1
+
+
 def test_the_experiment_trains_from_the_command_line(tmp_path):
     """`omni tokenizer train experiments/tokenizers/photos.py` with overrides leaves a tokenizer that opens."""
     output = tmp_path / "run"
@@ -144,7 +164,7 @@ def test_the_experiment_trains_from_the_command_line(tmp_path):
 
 @pytest.mark.slow
 def test_quantizers_are_compared_and_the_comparison_goes_on(tmp_path, monkeypatch):
-    """One command trains and measures each; again, it trains nothing anew and adds what is new."""
+    """One command trains and measures each; again, it trains nothing anew, adds what is new and keeps the rest."""
 
     def small_training(output, quantizer, steps):
         config = photos_training(output, quantizer, steps)
@@ -155,15 +175,18 @@ def test_quantizers_are_compared_and_the_comparison_goes_on(tmp_path, monkeypatc
     photos_training = photos_recipe.photos_training
     monkeypatch.setattr(photos_recipe, "photos_training", small_training)
     monkeypatch.setattr(photos, "fixed_crops", lambda split, size: np.zeros((2, size, size, 3), np.uint8))
-    two = ("fsq", "lfq")
     command = ["tokenizer", "train", str(EXPERIMENTS / "compare_quantizers.py"), "--output", str(tmp_path)]
     main([*command, "--steps", "2", "--quantizers", "fsq"])
     trained = (tmp_path / "fsq" / "weights.safetensors").stat().st_mtime_ns
-    main([*command, "--steps", "2", "--quantizers", *two])
+    main([*command, "--steps", "2", "--quantizers", "lfq"])
     assert (tmp_path / "fsq" / "weights.safetensors").stat().st_mtime_ns == trained
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["steps"] == 2 and list(results["quantizers"]) == ["fsq", "lfq"]
     assert {"psnr", "ssim", "usage", "perplexity", "training_seconds"} <= set(results["quantizers"]["lfq"])
+    main([*command, "--steps", "3", "--quantizers", "lfq"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["steps"] == 3 and list(results["quantizers"]) == ["lfq"], "no other was trained for as long"
+    assert results["quantizers"]["lfq"]["training_seconds"] == round(training_seconds(tmp_path / "lfq")[3], 1)
     assert {quantizer.codebook_size for quantizer in photos_recipe.QUANTIZERS.values()} == {512}
     with pytest.raises(UsageError, match="vq-gan"):
         photos_recipe.QuantizerComparison(quantizers=("vq-gan",))

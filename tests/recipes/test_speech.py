@@ -1,5 +1,6 @@
 """Spoken sentences, and what codecs are compared with on them."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 from omni.recipes import espeak, opus, sentences, speech, speech_comparison
+from omni.train.metrics import training_seconds
 from omni.train.optimizer import OptimizerConfig
 from omni_tokenizers.audio import AudioTokenizerConfig, SpectralCodec
 from omni_tokenizers.encodec import EncodecNet
@@ -84,6 +86,34 @@ def test_prepared_speech_is_kept(directory, tmp_path):
         speech.load(tmp_path, "train")
 
 
+def test_speech_is_prepared_into_an_empty_directory_only(tmp_path, monkeypatch):
+    """An empty directory is filled; one that holds something else is refused, in words that lead on."""
+    utterance = espeak.Utterance("Hello.", "en-us+m1", 150, 50)
+    monkeypatch.setattr(speech, "plan", lambda seed: {split: [utterance] for split in ("train", "held_out")})
+    monkeypatch.setattr(espeak, "speak", lambda utterances: iter([np.zeros(0, np.float32)] * len(list(utterances))))
+    monkeypatch.setattr(espeak, "trimmed", lambda *_: np.zeros(5, np.int16))
+    (tmp_path / "empty").mkdir()
+    assert len(speech.load(speech.prepare(tmp_path / "empty"), "train")) == 1
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "notes.txt").touch()
+    with pytest.raises(OmniError, match=r"else: holds something else than speech; .*another directory"):
+        speech.prepare(tmp_path / "else")
+
+
+@pytest.mark.parametrize(("error", "code"), [(OmniError, 1), (UsageError, 2)])
+def test_errors_are_one_line(monkeypatch, capsys, error, code):
+    """`python -m omni.recipes.speech DIRECTORY` exits as `omni` does."""
+
+    def failing(*_):
+        raise error("no voice")
+
+    monkeypatch.setattr(speech, "prepare", failing)
+    monkeypatch.setattr("sys.argv", ["", "data"])
+    with pytest.raises(SystemExit) as exit:
+        speech.main()
+    assert exit.value.code == code and capsys.readouterr().err == "omni: no voice\n"
+
+
 def test_excerpts_depend_on_seed_and_index_alone(directory):
     """Excerpts of fixed length from anywhere in a clip, quieter by 0 to 12 dB, short clips padded."""
     examples = speech.SpeechExcerpts(str(directory))
@@ -139,6 +169,30 @@ def test_seanet_has_the_same_bits():
         speech_comparison.seanet(4, dataclasses.replace(SPECTRAL, hop=160, window=320))
 
 
+def test_a_run_that_goes_on_has_a_longer_curve(tmp_path, monkeypatch):
+    """Checkpoints that came since are measured, those measured before are not measured again."""
+    kept, restored = [2, 4], []
+
+    class Kept(contextlib.nullcontext):
+        def steps(self):
+            return kept
+
+        def restore(self, abstract, step):
+            restored.append(step)
+            return None, None
+
+    monkeypatch.setattr(speech_comparison, "Checkpoints", lambda *_: Kept(Kept()))
+    monkeypatch.setattr(speech_comparison, "through", lambda *_: {"mel_distance": 1.0})
+    monkeypatch.setattr(speech_comparison, "training_seconds", lambda _: {step: 2.0 * step for step in kept})
+    comparison = speech_comparison.SpeechComparison(str(tmp_path), points=2, spectral=SPECTRAL, filters=())
+    config = comparison.training(tmp_path, comparison.tasks(tmp_path)["spectral"], 4)
+    speech_comparison.curve(config, [])
+    kept = [2, 4, 8]
+    points = speech_comparison.curve(dataclasses.replace(config, steps=8), [])
+    assert [(point["step"], point["training_seconds"]) for point in points] == [(2, 4.0), (4, 8.0), (8, 16.0)]
+    assert restored == [2, 4, 8] and json.loads((tmp_path / "curve.json").read_text()) == points
+
+
 @pytest.mark.slow
 def test_codecs_are_compared_and_the_comparison_goes_on(directory, tmp_path, monkeypatch):
     """One command trains all for equally long and measures each on its way; again, nothing is done anew."""
@@ -152,10 +206,13 @@ def test_codecs_are_compared_and_the_comparison_goes_on(directory, tmp_path, mon
     comparison.run()
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["bits_per_second"] == 75 * 2 * 3 and results["clips"] == 2
-    times = {name: [(point["step"], point["seconds"]) for point in curve] for name, curve in results["codecs"].items()}
-    assert times == {"spectral": [(2, 2.0), (4, 4.0)], "seanet_4": [(1, 2.0), (2, 4.0)]}
+    steps = {name: [point["step"] for point in curve] for name, curve in results["codecs"].items()}
+    assert steps == {"spectral": [2, 4], "seanet_4": [1, 2]}
+    for name, curve in results["codecs"].items():
+        seconds = training_seconds(tmp_path / name)
+        assert [point["training_seconds"] for point in curve] == [round(seconds[step], 1) for step in steps[name]]
     measures = [point["mel_distance"] for curve in results["codecs"].values() for point in curve]
     assert len(set(measures)) == 4 and results["opus"]["bits_per_second"] > 5000
-    trained = (tmp_path / "seanet_4" / "curve.json").stat().st_mtime_ns
+    monkeypatch.delattr(speech_comparison, "through")
     comparison.run()
-    assert (tmp_path / "seanet_4" / "curve.json").stat().st_mtime_ns == trained
+    assert json.loads((tmp_path / "results.json").read_text()) == results

@@ -175,6 +175,18 @@ def test_log_drops_what_comes_again(tmp_path):
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
+def test_training_seconds_are_those_that_steps_took(tmp_path):
+    """Lines of unequal length add up, over attempts too; time and steps that an attempt lost do not count."""
+    with MetricsLog(tmp_path, 0) as log:
+        log.write(20, {"steps_per_second": 10.0})
+        log.write(30, {"steps_per_second": 5.0})
+        log.write(40, {"steps_per_second": 0.1})
+    with MetricsLog(tmp_path, 30) as log:
+        log.write(40, {"steps_per_second": 2.0})
+    assert metrics_module.training_seconds(tmp_path) == pytest.approx({20: 2.0, 30: 4.0, 40: 9.0})
+    assert metrics_module.training_seconds(tmp_path / "nowhere") == {}
+
+
 def test_means_are_weighted():
     """The mean over steps weighs each by its weight and leaves out what weighs nothing."""
     first = {"a": (np.float32(2), np.float32(1)), "b": (np.float32(0), np.float32(0))}
