@@ -22,6 +22,10 @@ from omni_tokenizers import weights
 from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.losses.image import ImageLosses
 
+CAUSAL = dataclasses.replace(TASKS["audio_spectral"].tokenizer, causal=True)
+HALVED = {name: TASKS[name] for name in ("image_vq", "audio_spectral")}
+HALVED["causal"] = dataclasses.replace(TASKS["audio_spectral"], tokenizer=CAUSAL)
+
 
 def first_step(task):
     """(loss, gradient by name, net's other variables) of a training step from the start."""
@@ -60,18 +64,28 @@ def test_gradient_passes_the_quantizer(name):
 
 
 @pytest.mark.slow
-def test_half_precision_keeps_what_needs_more():
+@pytest.mark.parametrize("name", HALVED)
+def test_half_precision_keeps_what_needs_more(name):
     """bfloat16 products: the gradient is float32's within a few percent, the loss within one; states stay float32."""
-    for name in ("image_vq", "audio_spectral"):
-        task = TASKS[name]
-        loss, gradient, rest = first_step(task)
-        half_loss, half_gradient, half_rest = first_step(dataclasses.replace(task, compute_dtype="bfloat16"))
-        assert half_loss == pytest.approx(loss, rel=0.02) and half_loss != loss
-        first, second = (np.concatenate([x.ravel() for x in each.values()]) for each in (gradient, half_gradient))
-        assert first @ second > 0.9 * np.linalg.norm(first) * np.linalg.norm(second)
-        assert {x.dtype for x in half_gradient.values()} == {np.dtype(np.float32)}
-        dtypes = [[x.dtype for x in jax.tree.leaves(each)] for each in (rest, half_rest)]
-        assert dtypes[0] == dtypes[1] and jnp.bfloat16 not in dtypes[1]
+    task = HALVED[name]
+    loss, gradient, rest = first_step(task)
+    half_loss, half_gradient, half_rest = first_step(dataclasses.replace(task, compute_dtype="bfloat16"))
+    assert half_loss == pytest.approx(loss, rel=0.02) and half_loss != loss
+    first, second = (np.concatenate([x.ravel() for x in each.values()]) for each in (gradient, half_gradient))
+    assert first @ second > 0.9 * np.linalg.norm(first) * np.linalg.norm(second)
+    assert {x.dtype for x in half_gradient.values()} == {np.dtype(np.float32)}
+    dtypes = [[x.dtype for x in jax.tree.leaves(each)] for each in (rest, half_rest)]
+    assert dtypes[0] == dtypes[1] and jnp.bfloat16 not in dtypes[1]
+
+
+@pytest.mark.parametrize("name", HALVED)
+def test_half_precision_is_that_of_products(name, monkeypatch):
+    """Under bfloat16 no linear layer of encoder or decoder is given anything wider, which would widen its product."""
+    task, given, linear = dataclasses.replace(HALVED[name], compute_dtype="bfloat16"), [], nnx.Linear.__call__
+    monkeypatch.setattr(nnx.Linear, "__call__", lambda self, x: given.append(x.dtype.name) or linear(self, x))
+    batch = stack([task.dataset(0)[0]])
+    jax.eval_shape(lambda: task.loss(task.build(nnx.Rngs(0)), batch, jax.random.key(0), training=True)[0])
+    assert len(given) > 4 and set(given) == {"bfloat16"}
 
 
 @pytest.mark.slow
