@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from omni.data.examples import Examples
-from omni.pages.spectrogram import spectrogram
+from omni.pages.spectrogram import mel_magnitudes, spectrogram
 from omni.parts import Audio, Image, Part
 from omni.train.run_directory import write_json
 from omni.train.task import Adversary, Batch, Gallery, Loss, Task
@@ -308,11 +308,14 @@ class AudioTokenizerTask(TokenizerTask):
         return self.chosen_losses(estimate, original, mask, quantized, self.tokenizer.sample_rate)
 
     def exhibits(self, values: np.ndarray, batch: dict[str, np.ndarray]) -> list[list[Part]]:
-        clips = [
-            Audio(np.clip(samples[None, :length], -1, 1), self.tokenizer.sample_rate)
-            for samples, length in zip(values, batch["length"], strict=True)
-        ]
-        return [[spectrogram(clip), clip] for clip in clips]
+        shown = []
+        for samples, original, length in zip(values, batch["audio"], batch["length"], strict=True):
+            clip, reference = (
+                Audio(np.clip(each[None, :length], -1, 1), self.tokenizer.sample_rate) for each in (samples, original)
+            )
+            # Colours are the original's, so that what comes out too quiet is darker.
+            shown.append([spectrogram(clip, mel_magnitudes(reference).max()), clip])
+        return shown
 
 
 def _within(*names: str) -> Callable[[tuple, Any], bool]:

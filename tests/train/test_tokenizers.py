@@ -129,6 +129,14 @@ def test_page_shows_held_out_examples(tmp_path, name):
     assert rows[0] != rows[1]
 
 
+def test_page_shows_how_loud_a_reconstruction_is():
+    """The original's spectrogram has its loudest band brightest; that of the same sound 20 dB down is darker by it."""
+    task = TASKS["audio_spectral"]
+    (batch,) = task.validation()
+    shown = [task.exhibits(gain * batch["audio"], batch)[0][0].pixels.sum(-1).max() for gain in (1.0, 0.1)]
+    assert shown[0] == 252 + 255 + 164 and 4 < shown[1] < 0.8 * shown[0]
+
+
 @pytest.mark.parametrize("name", ["vqgan", pytest.param("encodec", marks=pytest.mark.slow)])
 def test_public_family_without_a_quantizer(tmp_path, name):
     """A codebook that does not learn is refused in one line; with a quantizer there is no export, which is said."""
