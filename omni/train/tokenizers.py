@@ -253,13 +253,13 @@ class ImageTokenizerTask(TokenizerTask):
     def metadata(self) -> dict[str, dict[str, Any]]:
         """What signs a result that a perceptual loss had a part in: whose weights, and how pictures went in."""
         path = self.chosen_losses.perceptual_weights
-        return {"perceptual": {"sha256": sha256(path), "preprocessing": PREPROCESSING}} if path else {}
+        return {"perceptual": _perceptual(sha256(path))} if path else {}
 
     def save(self, model: nnx.Module, directory: epath.Path) -> None:
         """As for every tokenizer; with a perceptual loss, perceptual.json beside it says of which weights."""
-        for name, content in self.metadata().items():
+        if self.chosen_losses.perceptual_weights:
+            write_json(directory / "perceptual.json", _perceptual(model.perceptual.sha256))  # of what was trained with
             del model.perceptual
-            write_json(directory / f"{name}.json", content)
         super().save(model, directory)
 
     def prepared(self, batch: Batch) -> dict[str, Array]:
@@ -316,6 +316,10 @@ class AudioTokenizerTask(TokenizerTask):
             # Colours are the original's, so that what comes out too quiet is darker.
             shown.append([spectrogram(clip, mel_magnitudes(reference).max()), clip])
         return shown
+
+
+def _perceptual(sha256: str) -> dict[str, str]:
+    return {"sha256": sha256, "preprocessing": PREPROCESSING}
 
 
 def _within(*names: str) -> Callable[[tuple, Any], bool]:

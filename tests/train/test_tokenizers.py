@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 from tokenizer_cases import TASKS, tokenizer_run
 
@@ -206,3 +207,14 @@ def test_perceptual_loss_is_the_users_network(tmp_path, caplog):
         for _ in range(2):
             nnx.eval_shape(lambda: TASKS["image_vq"].build(nnx.Rngs(0)))
     assert caplog.text.count("perceptual loss: off (no weights given)") == 1
+
+
+def test_a_result_is_signed_with_the_weights_that_were_read(tmp_path):
+    """Weights that are replaced or gone when a training ends change nothing in what its result says of them."""
+    path = vgg(tmp_path / "vgg.safetensors")
+    task = dataclasses.replace(TASKS["image_vq"], losses=ImageLosses(perceptual_weights=path))
+    (tmp_path / "made").mkdir()
+    net, expected = task.build(nnx.Rngs(0)), task.metadata()["perceptual"]
+    (tmp_path / "vgg.safetensors").unlink()
+    task.save(nnx.merge(*nnx.split(net)), epath.Path(tmp_path / "made"))
+    assert json.loads((tmp_path / "made" / "perceptual.json").read_text()) == expected
