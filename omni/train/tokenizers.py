@@ -263,6 +263,7 @@ class ImageTokenizerTask(TokenizerTask):
         super().save(model, directory)
 
     def prepared(self, batch: Batch) -> dict[str, Array]:
+        self._check_size(*batch["image"].shape[1:3])
         return {"original": normalized(batch["image"]), "counts": jnp.ones(len(batch["image"]))}
 
     def reconstruct(
@@ -275,6 +276,20 @@ class ImageTokenizerTask(TokenizerTask):
 
     def exhibits(self, values: np.ndarray, batch: dict[str, np.ndarray]) -> list[list[Part]]:
         return [[Image(pixels)] for pixels in np.asarray(as_pixels(values))]
+
+    def _check_size(self, height: int, width: int) -> None:
+        net = self.tokenizer
+        if self.tokenizer_class.takes_any_size:
+            fits = height % net.downsampling == width % net.downsampling == 0
+            wanted = f"multiples of {net.downsampling}"
+        else:
+            fits = height == width == net.image_size
+            wanted = f"{net.image_size} x {net.image_size}"
+        if not fits:
+            raise UsageError(
+                f"task.data has pictures of {height} x {width}, but task.tokenizer, with image_size {net.image_size}, "
+                f"takes {wanted} pixels; change one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -292,6 +307,15 @@ class AudioTokenizerTask(TokenizerTask):
     """A discriminator that judges it besides; it hears clips with the silence after their ends."""
     compute_dtype: ComputeType = "float32"
     """Type of the net's matrix products; parameters, quantiser, losses and discriminator are float32."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rate = getattr(self.data, "sample_rate", None)
+        if rate not in (None, self.tokenizer.sample_rate):
+            raise UsageError(
+                f"task.data has sounds at {rate} Hz, but task.tokenizer.sample_rate is {self.tokenizer.sample_rate}; "
+                "change one of them"
+            )
 
     def prepared(self, batch: Batch) -> dict[str, Array]:
         audio, mask = whole_frames(batch["audio"], batch["length"], self.tokenizer.samples_per_frame)

@@ -16,6 +16,7 @@ from tokenizer_cases import TASKS, tokenizer_run
 import omni_tokenizers
 import omni_tokenizers.checkpoints
 from omni.data.loader import stack
+from omni.recipes.digits_examples import SpokenDigits
 from omni.train import tokenizers
 from omni.train.loop import train
 from omni.train.metrics import read_metrics
@@ -161,6 +162,25 @@ def test_what_cannot_be_trained():
         dataclasses.replace(TASKS["vqgan"], tokenizer=TASKS["encodec"].tokenizer)
     with pytest.raises(UsageError, match="float32 or bfloat16"):
         dataclasses.replace(TASKS["vqgan"], compute_dtype="float16")
+
+
+@pytest.mark.parametrize(("name", "size", "fitting"), [("image_vq", 32, 16), ("vqgan", 15, 18)])
+def test_pictures_fit_the_net(name, size, fitting):
+    """A size that would come out as another, or that the tokenizer will not take, is refused with both sizes; where
+    the net takes any, all multiples of its stride can be trained on."""
+    task = TASKS[name]
+    good, bad = ({"image": np.zeros((1, height, 16, 3), np.uint8)} for height in (fitting, size))
+    assert task.prepared(good)["original"].shape == (1, fitting, 16, 3)
+    with pytest.raises(UsageError, match=f"task.data .* {size} x 16, but task.tokenizer.* image_size 16"):
+        task.prepared(bad)
+
+
+def test_sounds_have_the_tokenizers_sample_rate():
+    """Examples that say another rate are refused with both, those that say none are not."""
+    task = TASKS["encodec"]
+    assert task.data.sample_rate is None
+    with pytest.raises(UsageError, match=r"task.data .* 16000 Hz, but task.tokenizer.sample_rate is 8000"):
+        dataclasses.replace(task, data=SpokenDigits("unused"))
 
 
 def test_losses_are_set_in_one_place():
