@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from typing import ClassVar
 
 import grain
 import numpy as np
@@ -10,6 +11,9 @@ import numpy as np
 
 class Examples(abc.ABC):
     """Where a training's examples come from. Subclasses are frozen dataclasses, whose fields are the configuration."""
+
+    sample_rate: ClassVar[int | None] = None
+    """Of sounds, in Hz, which no example says itself; None = not known."""
 
     @abc.abstractmethod
     def dataset(self, seed: int) -> grain.MapDataset:

@@ -25,6 +25,7 @@ class DigitScans(Examples):
 class SpokenDigits(Examples):
     """Augmented spoken digits."""
 
+    sample_rate = digits_data.SAMPLE_RATE
     directory: str
     """Directory written by `digits_data.prepare`."""
 

@@ -62,6 +62,7 @@ class Clips:
 class SpeechExcerpts(Examples):
     """Excerpts of the training clips."""
 
+    sample_rate = SAMPLE_RATE
     directory: str
     """Directory written by `prepare`."""
     samples: int = 24000

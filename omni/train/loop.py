@@ -75,6 +75,12 @@ class TrainConfig:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        adversary = self.task.adversary
+        if adversary is not None and adversary.start >= self.steps:
+            raise UsageError(
+                f"the adversary's start is {adversary.start}, which a run of {self.steps} steps never reaches; "
+                "set task.adversary.start below steps"
+            )
 
     def run(self) -> None:
         """Trains."""

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from omni.data.examples import Examples
-from omni.pages.spectrogram import spectrogram
+from omni.pages.spectrogram import mel_magnitudes, spectrogram
 from omni.parts import Audio, Image, Part
 from omni.train.run_directory import write_json
 from omni.train.task import Adversary, Batch, Gallery, Loss, Task
@@ -253,16 +253,17 @@ class ImageTokenizerTask(TokenizerTask):
     def metadata(self) -> dict[str, dict[str, Any]]:
         """What signs a result that a perceptual loss had a part in: whose weights, and how pictures went in."""
         path = self.chosen_losses.perceptual_weights
-        return {"perceptual": {"sha256": sha256(path), "preprocessing": PREPROCESSING}} if path else {}
+        return {"perceptual": _perceptual(sha256(path))} if path else {}
 
     def save(self, model: nnx.Module, directory: epath.Path) -> None:
         """As for every tokenizer; with a perceptual loss, perceptual.json beside it says of which weights."""
-        for name, content in self.metadata().items():
+        if self.chosen_losses.perceptual_weights:
+            write_json(directory / "perceptual.json", _perceptual(model.perceptual.sha256))  # of what was trained with
             del model.perceptual
-            write_json(directory / f"{name}.json", content)
         super().save(model, directory)
 
     def prepared(self, batch: Batch) -> dict[str, Array]:
+        self._check_size(*batch["image"].shape[1:3])
         return {"original": normalized(batch["image"]), "counts": jnp.ones(len(batch["image"]))}
 
     def reconstruct(
@@ -275,6 +276,20 @@ class ImageTokenizerTask(TokenizerTask):
 
     def exhibits(self, values: np.ndarray, batch: dict[str, np.ndarray]) -> list[list[Part]]:
         return [[Image(pixels)] for pixels in np.asarray(as_pixels(values))]
+
+    def _check_size(self, height: int, width: int) -> None:
+        net = self.tokenizer
+        if self.tokenizer_class.takes_any_size:
+            fits = height % net.downsampling == width % net.downsampling == 0
+            wanted = f"multiples of {net.downsampling}"
+        else:
+            fits = height == width == net.image_size
+            wanted = f"{net.image_size} x {net.image_size}"
+        if not fits:
+            raise UsageError(
+                f"task.data has pictures of {height} x {width}, but task.tokenizer, with image_size {net.image_size}, "
+                f"takes {wanted} pixels; change one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -293,6 +308,15 @@ class AudioTokenizerTask(TokenizerTask):
     compute_dtype: ComputeType = "float32"
     """Type of the net's matrix products; parameters, quantiser, losses and discriminator are float32."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rate = getattr(self.data, "sample_rate", None)
+        if rate not in (None, self.tokenizer.sample_rate):
+            raise UsageError(
+                f"task.data has sounds at {rate} Hz, but task.tokenizer.sample_rate is {self.tokenizer.sample_rate}; "
+                "change one of them"
+            )
+
     def prepared(self, batch: Batch) -> dict[str, Array]:
         audio, mask = whole_frames(batch["audio"], batch["length"], self.tokenizer.samples_per_frame)
         counts = (mask[:, 0] > 0).astype(jnp.float32)
@@ -308,11 +332,18 @@ class AudioTokenizerTask(TokenizerTask):
         return self.chosen_losses(estimate, original, mask, quantized, self.tokenizer.sample_rate)
 
     def exhibits(self, values: np.ndarray, batch: dict[str, np.ndarray]) -> list[list[Part]]:
-        clips = [
-            Audio(np.clip(samples[None, :length], -1, 1), self.tokenizer.sample_rate)
-            for samples, length in zip(values, batch["length"], strict=True)
-        ]
-        return [[spectrogram(clip), clip] for clip in clips]
+        shown = []
+        for samples, original, length in zip(values, batch["audio"], batch["length"], strict=True):
+            clip, reference = (
+                Audio(np.clip(each[None, :length], -1, 1), self.tokenizer.sample_rate) for each in (samples, original)
+            )
+            # Colours are the original's, so that what comes out too quiet is darker.
+            shown.append([spectrogram(clip, mel_magnitudes(reference).max()), clip])
+        return shown
+
+
+def _perceptual(sha256: str) -> dict[str, str]:
+    return {"sha256": sha256, "preprocessing": PREPROCESSING}
 
 
 def _within(*names: str) -> Callable[[tuple, Any], bool]:

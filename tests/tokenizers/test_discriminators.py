@@ -106,3 +106,19 @@ def test_impossible_discriminators(config, fields):
     """Settings of which no net can be made are usage errors."""
     with pytest.raises(UsageError):
         config(**fields)
+
+
+@pytest.mark.parametrize(
+    ("config", "smallest", "smaller"),
+    [
+        (PATCH, (1, 12, 12, 3), (1, 16, 11, 3)),
+        (PatchDiscriminatorConfig(channels=32, layers=1), (1, 6, 6, 3), (1, 5, 8, 3)),
+        (STFT, (1, 64), (1, 63)),
+    ],
+)
+def test_examples_too_small_to_judge(config, smallest, smaller):
+    """The smallest examples have a logit of every part; smaller ones are usage errors that say what is needed."""
+    net = config.make(rngs=nnx.Rngs(0))
+    assert all(logits.size for logits in jax.eval_shape(net, jnp.zeros(smallest))[0])
+    with pytest.raises(UsageError, match=f"needs .*{smallest[1] if len(smallest) > 2 else 'as long, got 63'}"):
+        jax.eval_shape(net, jnp.zeros(smaller))

@@ -81,7 +81,7 @@ def test_extremes_have_finite_gradients(name):
     assert not by_z.any() and not any(gradient.any() for gradient in by_params.values())
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if "residual" not in name])  # whose residuals are bfloat16
+@pytest.mark.parametrize("name", ALL)
 def test_bfloat16_latents_are_quantised_in_float32(name):
     """Codes and losses are those of the same numbers in float32, and the vectors come back in bfloat16."""
     quantizer, narrow = made(ALL[name]), latents(2, 8).astype(jnp.bfloat16)

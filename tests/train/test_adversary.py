@@ -179,3 +179,11 @@ def test_what_a_critic_cannot_have():
     ):
         with pytest.raises(UsageError):
             Adversary(**fields)
+
+
+def test_a_critic_must_start_within_the_run():
+    """A start that the run never reaches is a usage error; the run's last step is the latest that there is."""
+    config = tokenizer_run("unused", dataclasses.replace(IMAGE, adversary=ImageAdversary(start=9)), steps=10)
+    assert config.task.adversary.start == 9
+    with pytest.raises(UsageError, match=r"start is 9.* 9 steps"):
+        dataclasses.replace(config, steps=9)

@@ -9,18 +9,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 from tokenizer_cases import TASKS, tokenizer_run
 
 import omni_tokenizers
 import omni_tokenizers.checkpoints
 from omni.data.loader import stack
+from omni.recipes.digits_examples import SpokenDigits
 from omni.train import tokenizers
 from omni.train.loop import train
 from omni.train.metrics import read_metrics
 from omni_tokenizers import weights
 from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.losses.image import ImageLosses
+
+CAUSAL = dataclasses.replace(TASKS["audio_spectral"].tokenizer, causal=True)
+HALVED = {name: TASKS[name] for name in ("image_vq", "audio_spectral")}
+HALVED["causal"] = dataclasses.replace(TASKS["audio_spectral"], tokenizer=CAUSAL)
 
 
 def first_step(task):
@@ -60,18 +66,28 @@ def test_gradient_passes_the_quantizer(name):
 
 
 @pytest.mark.slow
-def test_half_precision_keeps_what_needs_more():
+@pytest.mark.parametrize("name", HALVED)
+def test_half_precision_keeps_what_needs_more(name):
     """bfloat16 products: the gradient is float32's within a few percent, the loss within one; states stay float32."""
-    for name in ("image_vq", "audio_spectral"):
-        task = TASKS[name]
-        loss, gradient, rest = first_step(task)
-        half_loss, half_gradient, half_rest = first_step(dataclasses.replace(task, compute_dtype="bfloat16"))
-        assert half_loss == pytest.approx(loss, rel=0.02) and half_loss != loss
-        first, second = (np.concatenate([x.ravel() for x in each.values()]) for each in (gradient, half_gradient))
-        assert first @ second > 0.9 * np.linalg.norm(first) * np.linalg.norm(second)
-        assert {x.dtype for x in half_gradient.values()} == {np.dtype(np.float32)}
-        dtypes = [[x.dtype for x in jax.tree.leaves(each)] for each in (rest, half_rest)]
-        assert dtypes[0] == dtypes[1] and jnp.bfloat16 not in dtypes[1]
+    task = HALVED[name]
+    loss, gradient, rest = first_step(task)
+    half_loss, half_gradient, half_rest = first_step(dataclasses.replace(task, compute_dtype="bfloat16"))
+    assert half_loss == pytest.approx(loss, rel=0.02) and half_loss != loss
+    first, second = (np.concatenate([x.ravel() for x in each.values()]) for each in (gradient, half_gradient))
+    assert first @ second > 0.9 * np.linalg.norm(first) * np.linalg.norm(second)
+    assert {x.dtype for x in half_gradient.values()} == {np.dtype(np.float32)}
+    dtypes = [[x.dtype for x in jax.tree.leaves(each)] for each in (rest, half_rest)]
+    assert dtypes[0] == dtypes[1] and jnp.bfloat16 not in dtypes[1]
+
+
+@pytest.mark.parametrize("name", HALVED)
+def test_half_precision_is_that_of_products(name, monkeypatch):
+    """Under bfloat16 no linear layer of encoder or decoder is given anything wider, which would widen its product."""
+    task, given, linear = dataclasses.replace(HALVED[name], compute_dtype="bfloat16"), [], nnx.Linear.__call__
+    monkeypatch.setattr(nnx.Linear, "__call__", lambda self, x: given.append(x.dtype.name) or linear(self, x))
+    batch = stack([task.dataset(0)[0]])
+    jax.eval_shape(lambda: task.loss(task.build(nnx.Rngs(0)), batch, jax.random.key(0), training=True)[0])
+    assert len(given) > 4 and set(given) == {"bfloat16"}
 
 
 @pytest.mark.slow
@@ -115,6 +131,14 @@ def test_page_shows_held_out_examples(tmp_path, name):
     assert rows[0] != rows[1]
 
 
+def test_page_shows_how_loud_a_reconstruction_is():
+    """The original's spectrogram has its loudest band brightest; that of the same sound 20 dB down is darker by it."""
+    task = TASKS["audio_spectral"]
+    (batch,) = task.validation()
+    shown = [task.exhibits(gain * batch["audio"], batch)[0][0].pixels.sum(-1).max() for gain in (1.0, 0.1)]
+    assert shown[0] == 252 + 255 + 164 and 4 < shown[1] < 0.8 * shown[0]
+
+
 @pytest.mark.parametrize("name", ["vqgan", pytest.param("encodec", marks=pytest.mark.slow)])
 def test_public_family_without_a_quantizer(tmp_path, name):
     """A codebook that does not learn is refused in one line; with a quantizer there is no export, which is said."""
@@ -138,6 +162,25 @@ def test_what_cannot_be_trained():
         dataclasses.replace(TASKS["vqgan"], tokenizer=TASKS["encodec"].tokenizer)
     with pytest.raises(UsageError, match="float32 or bfloat16"):
         dataclasses.replace(TASKS["vqgan"], compute_dtype="float16")
+
+
+@pytest.mark.parametrize(("name", "size", "fitting"), [("image_vq", 32, 16), ("vqgan", 15, 18)])
+def test_pictures_fit_the_net(name, size, fitting):
+    """A size that would come out as another, or that the tokenizer will not take, is refused with both sizes; where
+    the net takes any, all multiples of its stride can be trained on."""
+    task = TASKS[name]
+    good, bad = ({"image": np.zeros((1, height, 16, 3), np.uint8)} for height in (fitting, size))
+    assert task.prepared(good)["original"].shape == (1, fitting, 16, 3)
+    with pytest.raises(UsageError, match=f"task.data .* {size} x 16, but task.tokenizer.* image_size 16"):
+        task.prepared(bad)
+
+
+def test_sounds_have_the_tokenizers_sample_rate():
+    """Examples that say another rate are refused with both, those that say none are not."""
+    task = TASKS["encodec"]
+    assert task.data.sample_rate is None
+    with pytest.raises(UsageError, match=r"task.data .* 16000 Hz, but task.tokenizer.sample_rate is 8000"):
+        dataclasses.replace(task, data=SpokenDigits("unused"))
 
 
 def test_losses_are_set_in_one_place():
@@ -184,3 +227,14 @@ def test_perceptual_loss_is_the_users_network(tmp_path, caplog):
         for _ in range(2):
             nnx.eval_shape(lambda: TASKS["image_vq"].build(nnx.Rngs(0)))
     assert caplog.text.count("perceptual loss: off (no weights given)") == 1
+
+
+def test_a_result_is_signed_with_the_weights_that_were_read(tmp_path):
+    """Weights that are replaced or gone when a training ends change nothing in what its result says of them."""
+    path = vgg(tmp_path / "vgg.safetensors")
+    task = dataclasses.replace(TASKS["image_vq"], losses=ImageLosses(perceptual_weights=path))
+    (tmp_path / "made").mkdir()
+    net, expected = task.build(nnx.Rngs(0)), task.metadata()["perceptual"]
+    (tmp_path / "vgg.safetensors").unlink()
+    task.save(nnx.merge(*nnx.split(net)), epath.Path(tmp_path / "made"))
+    assert json.loads((tmp_path / "made" / "perceptual.json").read_text()) == expected

@@ -187,7 +187,7 @@ class SpectralCodec(nnx.Module):
             sums = synthesis(spectrum, config.window, config.hop)
             return self.overlap(sums, frames * config.samples_per_frame)
         closed = jnp.where(frames > 0, frames + config.closing_frames, 0)
-        vectors = jnp.pad(vectors * mask[..., None], ((0, 0), (0, config.closing_frames), (0, 0)))
+        vectors = jnp.pad(vectors * mask[..., None].astype(vectors.dtype), ((0, 0), (0, config.closing_frames), (0, 0)))
         inside = (jnp.arange(vectors.shape[1]) < closed[:, None]).astype(jnp.float32)
         sound = synthesis(self.spectrum(vectors, inside), config.window, config.hop)[:, config.delay :]
         covered = jnp.repeat(mask, config.samples_per_frame, axis=1)

@@ -61,9 +61,15 @@ class PatchDiscriminator(nnx.Module):
         )
         self.norms = nnx.List([GroupNorm(width, rngs=rngs) for width in widths[1:]])
         self.head = Conv2d(widths[-1], 1, 4, rngs=rngs)
+        self.smallest = 3 * 2**config.layers  # pixels of a side that leave a logit: the last two layers take one each
 
     def __call__(self, image: Float[Array, "batch height width 3"]) -> Verdict:
-        """Logits [batch, rows, columns] and features of images within [-1, 1]."""
+        """Logits [batch, rows, columns] and features of images within [-1, 1]; `UsageError` if they leave no logit."""
+        if min(image.shape[1:3]) < self.smallest:
+            raise UsageError(
+                f"a patch discriminator of {len(self.norms)} layers needs pictures of {self.smallest} x "
+                f"{self.smallest}, got {image.shape[1:3]}; give it fewer layers"
+            )
         x, features = image, []
         for index, layer in enumerate(self.layers):
             x = layer(_bordered(x))
@@ -95,13 +101,19 @@ class STFTDiscriminatorConfig:
 
 
 class STFTDiscriminator(nnx.Module):
-    """A discriminator of complex spectra for each window; clips must be as long as the longest."""
+    """A discriminator of complex spectra for each window."""
 
     def __init__(self, config: STFTDiscriminatorConfig, *, rngs: nnx.Rngs):
         self.scales = nnx.List([_SpectrumDiscriminator(window, config, rngs=rngs) for window in config.windows])
 
     def __call__(self, audio: Float[Array, "batch samples"]) -> Verdict:
-        """Logits [batch, frames, bins] of each window, and features."""
+        """Logits [batch, frames, bins] of each window, and features; `UsageError` if clips are shorter than one."""
+        longest = max(scale.window for scale in self.scales)
+        if audio.shape[-1] < longest:
+            raise UsageError(
+                f"an STFT discriminator with a window of {longest} needs clips as long, got {audio.shape[-1]} samples; "
+                "give it shorter windows"
+            )
         verdicts = [scale(audio) for scale in self.scales]
         return [logits for logits, _ in verdicts], [feature for _, features in verdicts for feature in features]
 

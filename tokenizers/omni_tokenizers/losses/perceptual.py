@@ -38,11 +38,13 @@ class PerceptualDistance(nnx.Module):
             `linI.model.1.weight`, [1, channels, 1, 1], LPIPS's weights of the channels of stage I. Without any of the
             latter all channels weigh 1, which is no LPIPS.
         source: where they are from, for messages.
+        sha256: of the file that they are from.
     Raises:
         OmniError: a tensor is missing, or does not fit the others.
     """
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], source: str):
+    def __init__(self, tensors: Mapping[str, np.ndarray], source: str, sha256: str | None = None):
+        self.sha256 = sha256
         channels, self.stages = 3, nnx.List([])
         heads = any(name.startswith("lin") for name in tensors)
         self.heads = nnx.List([])
@@ -62,7 +64,7 @@ class PerceptualDistance(nnx.Module):
     @classmethod
     def read(cls, path: epath.PathLike) -> PerceptualDistance:
         """The distance of the weights in a safetensors file; an `OmniError` if they are not as described above."""
-        return cls(weights.read(path), str(path))
+        return cls(weights.read(path), str(path), sha256(path))
 
     def __call__(
         self, estimate: Float[Array, "batch height width 3"], image: Float[Array, "batch height width 3"]

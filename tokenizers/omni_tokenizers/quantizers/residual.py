@@ -94,7 +94,8 @@ class ResidualQuantizer(nnx.Module):
         """
         dropping = training and self.config.dropout > 0
         kept = self._kept(z.shape[:-1], key) if dropping else [None] * len(self.levels)
-        residual, results, parts = z, [], []
+        latents = z.astype(jnp.float32)
+        residual, results, parts = latents, [], []
         for index, (level, present) in enumerate(zip(self.levels, kept, strict=True)):
             level_key = None if key is None else jax.random.fold_in(key, index)
             result = level(residual, level_key, training=training, weights=_both(weights, present))
@@ -104,8 +105,9 @@ class ResidualQuantizer(nnx.Module):
             parts.append(part if present is None else jnp.where(present[..., None], part, 0))
             results.append(result)
         total = sum(parts)
+        quantized = estimated(latents, total, self.config.level.gradient) if self.around else total
         return Quantized(
-            quantized=estimated(z, total, self.config.level.gradient) if self.around else total,
+            quantized=quantized.astype(z.dtype),
             codes=jnp.stack([result.codes for result in results], -1),
             commitment=jnp.stack([result.commitment for result in results]).mean(),
             perplexity=jnp.stack([result.perplexity for result in results]).mean(),
