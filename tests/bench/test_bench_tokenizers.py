@@ -140,6 +140,7 @@ def test_wrong_arguments_are_refused(capsys, settings, message):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ours_alone_where_there_is_no_torch(monkeypatch, capsys):
     """From the command line to the JSON, with the smallest of tokenizers."""
     tiny = {"filters": 4, "decoder_filters": 32, "strides": (2, 3), "codebooks": 2, "sample_rate": 2400}

@@ -27,7 +27,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "tokenizers.md"
 ROWS = 3
 MOST = 24
 """Frames of a sound at the most."""
-QUICK = ("encodec", "mimi", "spectral six hops")
+QUICK = ("encodec", "spectral six hops")
 SETTINGS = {"encodec": {"codebooks": 2}, "encodec replicate": {"frames": 2}, "spectral": {"frames": 3}}
 CASES = [
     pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow, id=name) for name in streaming_cases.CONFIGS

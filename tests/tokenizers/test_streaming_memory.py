@@ -11,7 +11,6 @@ import streaming_cases
 
 SECONDS = 60
 STATUS = Path("/proc/self/statm")
-CASES = ["spectral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("encodec", "mimi"))]
 FRAMES = {"encodec": 8, "mimi": 1, "spectral": 5}
 """What a step takes."""
 TIE = 1e-5
@@ -43,7 +42,8 @@ def sizes() -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FRAMES)
 def test_sixty_seconds_in_the_memory_of_thirty(name, capsys):
     """Arrays, Python's memory and the process are as large at the end as halfway, nothing is compiled later than that,
     and codes (but for ties) and sound (within 1e-4) are those of the whole clip.

@@ -68,6 +68,7 @@ def assert_same_bits(first, second):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_gradients_are_of_the_losses_written_out():
     """The net's gradient is that of its own losses, the features' and the adversarial one under a constant weight: 0.8
     times the ratio of two gradients at the last kernel, taken apart; the critic's is that of the hinge loss."""

@@ -52,7 +52,8 @@ def first_step(task):
     return float(loss), named, rest
 
 
-@pytest.mark.parametrize("name", ["vqgan", pytest.param("encodec", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vqgan", "encodec"])
 def test_gradient_passes_the_quantizer(name):
     """Every parameter of encoder, decoder and a learned codebook has a gradient; a moving one has started to move."""
     _, gradient, rest = first_step(TASKS[name])
@@ -113,7 +114,8 @@ def test_it_learns_and_loads(tmp_path, name):
     assert tuple(len(vectors) for vectors in tokenizer.code_vectors) == tuple(tokenizer.codebook_sizes)
 
 
-@pytest.mark.parametrize("name", ["image_vq", pytest.param("audio_spectral", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["image_vq", "audio_spectral"])
 def test_page_shows_held_out_examples(tmp_path, name):
     """At every checkpoint the run's page has a row more, up to five, of held-out examples alone; a step that is taken
     again replaces its row."""
