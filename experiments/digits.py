@@ -1,4 +1,4 @@
-"""The model in the box: the quickstart's recipe with more steps.
+"""The model in the box: the quickstart's recipe with more steps, two layers fewer and wider heads.
 
     omni train experiments/digits.py
     python -m omni.recipes.ship runs/digits omni/recipes/models/digits
@@ -30,5 +30,6 @@ config = dataclasses.replace(
     image_variants=48,
     audio_variants=11,
     documents=200_000,
+    transformer=dataclasses.replace(quickstart.transformer, depth=6, head_dim=64, mlp_dim=240),
     transformer_training=dataclasses.replace(quickstart.transformer_training, steps=12000, ema_decay=0.998),
 )

@@ -119,7 +119,7 @@ class DigitsRecipe:
     """Documents to draw; training goes through them more than once if it is long."""
     transformer: TransformerConfig = field(
         default_factory=lambda: TransformerConfig(
-            depth=6, dim=128, heads=2, key_value_heads=2, head_dim=64, mlp_dim=240, remat="attention"
+            depth=8, dim=128, heads=2, key_value_heads=2, head_dim=32, mlp_dim=208, remat="attention"
         )
     )
     """The transformer; its vocabulary size is set by the tokenizers. Deep for its width: a picture or sound is read by
