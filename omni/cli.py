@@ -7,13 +7,11 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from omni_tokenizers.errors import OmniError, UsageError
-
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+from omni.exits import EXIT_FAILED, exits
+from omni_tokenizers.errors import UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,28 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.run(options, overrides)
         else:
             options.run(options)
-
-
-@contextmanager
-def exits() -> Iterator[None]:
-    """What goes wrong becomes a line on stderr and the exit code of `main`."""
-    try:
-        yield
-    except UsageError as error:
-        _fail(error, EXIT_USAGE)
-    except OmniError as error:
-        _fail(error, EXIT_FAILED)
-    except KeyboardInterrupt as interrupt:
-        _fail(str(interrupt) or "interrupted", EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # a full disk, no permission, a file where a directory is wanted
-        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", EXIT_FAILED)
-
-
-def _fail(message: object, code: int) -> None:
-    print(f"omni: {message}", file=sys.stderr)
-    sys.exit(code)
 
 
 def _status(message: str) -> None:
@@ -151,13 +127,19 @@ def make_parser() -> argparse.ArgumentParser:
         "import",
         run_import,
         "Write the tokenizer of a public checkpoint as a directory of this package.",
-        "omni import encodec_24khz tokenizers/encodec\n  omni import vqgan.ckpt tokenizers/chameleon --image-size 512",
+        "omni import encodec_24khz tokenizers/encodec\n"
+        "  omni import vqgan.ckpt tokenizers/chameleon --image-size 512 --torch-reader",
     )
     imports.add_argument(
         "source", help="a directory that transformers wrote, or a file of weights (docs/tokenizers.md)"
     )
     imports.add_argument("directory", type=Path)
     imports.add_argument("--image-size", type=int, help="pixels a side that a file's net is meant for (default: 256)")
+    imports.add_argument(
+        "--torch-reader",
+        action="store_true",
+        help="read a file of PyTorch, which is a pickle, with torch's weights_only reader (tensors alone)",
+    )
 
     tokenizer = verb(
         "tokenizer", None, "Train, measure and use image, audio and text tokenizers.", "omni tokenizer encode DIR x.png"
@@ -349,7 +331,9 @@ def run_import(options: argparse.Namespace) -> None:
 
     _require_empty(options.directory)
     _status(f"reading {options.source}")
-    import_tokenizer(options.source, options.directory, image_size=options.image_size)
+    import_tokenizer(
+        options.source, options.directory, image_size=options.image_size, torch_reader=options.torch_reader
+    )
     _print_written(options.directory)
 
 

@@ -28,14 +28,16 @@ _MOST_PIXELS = 2048 * 2048
 logger = logging.getLogger(__name__)
 
 
-def import_tokenizer(source: str, directory: Path, *, image_size: int | None = None) -> None:
+def import_tokenizer(
+    source: str, directory: Path, *, image_size: int | None = None, torch_reader: bool = False
+) -> None:
     """Writes the tokenizer of a public checkpoint, a directory or a file, as this package's own directory.
 
     Arguments and errors are those of `omni_tokenizers.checkpoints.import_checkpoint`.
     """
     from omni_tokenizers.checkpoints import import_checkpoint
 
-    import_checkpoint(source, image_size=image_size).save(directory)
+    import_checkpoint(source, image_size=image_size, torch_reader=torch_reader).save(directory)
 
 
 def is_tokenizer(directory: str) -> bool:

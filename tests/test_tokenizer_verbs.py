@@ -77,11 +77,12 @@ def test_a_file_of_weights_is_imported(run, directories, tmp_path):
 
 
 def test_pickles_are_refused_without_their_reader(run, tmp_path, monkeypatch):
-    """A file of PyTorch is never unpickled here: without torch, whose reader takes tensors alone, it is refused."""
+    """A file of PyTorch is not even opened unless torch's reader, which takes tensors alone, is asked for and there."""
     (tmp_path / "vqgan.ckpt").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     monkeypatch.setitem(sys.modules, "torch", None)
-    code, out, err = run("import", tmp_path / "vqgan.ckpt", tmp_path / "vq")
-    assert (code, out) == (1, "") and "need torch: pip install" in err and len(err.strip().splitlines()) == 1
+    for options, message in (((), "omni import --torch-reader"), (("--torch-reader",), "need torch: pip install")):
+        code, out, err = run("import", tmp_path / "vqgan.ckpt", tmp_path / "vq", *options)
+        assert (code, out) == (1, "") and message in err and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "vq").exists()
 
 

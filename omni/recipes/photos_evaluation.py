@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 import omni_tokenizers
-from omni.cli import exits
+from omni.exits import exits
 from omni.recipes import photos
 from omni.recipes.photos_baselines import KMeansConfig, fit_k_means, quantized, webp_nearest
 from omni_tokenizers.image import ImageTokenizer

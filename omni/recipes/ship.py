@@ -17,6 +17,7 @@ from pathlib import Path
 from etils import epath
 
 import omni
+from omni.exits import exits
 from omni.recipes.digits import Stages, evaluate_run
 
 LARGEST = 4_500_000
@@ -33,10 +34,8 @@ def main() -> None:
         parser.error(f"{options.directory} is there and was not made by this script; it would be replaced")
     with tempfile.TemporaryDirectory() as scratch:
         exported = Path(scratch) / "exported"
-        try:
+        with exits():
             omni.load(options.run).save(exported, dtype="float16")
-        except omni.OmniError as error:
-            parser.error(str(error))
         files = sorted(path for path in exported.rglob("*") if path.is_file())
         weight = sum(path.stat().st_size for path in files)
         if weight > LARGEST:

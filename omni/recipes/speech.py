@@ -19,8 +19,8 @@ from etils import epath
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from omni.cli import exits
 from omni.data.examples import Examples
+from omni.exits import exits
 from omni.recipes import espeak, sentences
 from omni.train.run_directory import read_json, write_json
 from omni_tokenizers.errors import OmniError, UsageError

@@ -235,7 +235,7 @@ def test_original_files_encode_and_decode_as_the_reference_does(name, tmp_path, 
     else:
         content = {"state_dict": content | {"loss.discriminator.main.0.weight": torch.ones(3)}, "epoch": 7}
     torch.save(content, tmp_path / "vqgan.ckpt")
-    tokenizer = checkpoints.import_checkpoint(tmp_path / "vqgan.ckpt", image_size=64)
+    tokenizer = checkpoints.import_checkpoint(tmp_path / "vqgan.ckpt", image_size=64, torch_reader=True)
     assert tokenizer.config.attention_stages == settings["attention"] and tokenizer.image_size == 64
     ours = latents(tokenizer.net, images(*shape))
     codes = quantize(tokenizer.net, ours)

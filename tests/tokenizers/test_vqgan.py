@@ -110,7 +110,7 @@ def test_a_pickle_that_asks_for_more_than_tensors_is_refused(tmp_path):
 
     torch.save({"state_dict": {"encoder.conv_in.weight": Hostile()}}, tmp_path / "vqgan.ckpt")
     with pytest.raises(OmniError, match=r"vqgan\.ckpt: refused.*needs \w+\.system to be run"):
-        checkpoints.import_checkpoint(tmp_path / "vqgan.ckpt")
+        checkpoints.import_checkpoint(tmp_path / "vqgan.ckpt", torch_reader=True)
     assert not (tmp_path / "executed").exists()
 
 
@@ -119,7 +119,7 @@ def test_torch_files_need_torch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "vqgan.ckpt").touch()
     with pytest.raises(OmniError, match=r"vqgan\.ckpt.*omni-any-to-any\[torch\]"):
-        checkpoints.import_checkpoint(tmp_path / "vqgan.ckpt")
+        checkpoints.import_checkpoint(tmp_path / "vqgan.ckpt", torch_reader=True)
 
 
 def test_bad_input_is_an_error_of_one_line(tokenizers):

@@ -448,7 +448,7 @@ class VQGANTokenizer(GridTokenizer):
         if not self.config.has_decoder:
             raise OmniError(
                 "this tokenizer has no decoder, as transformers' Chameleon has none; the decoder is in the original "
-                "release's vqgan.ckpt, which omni_tokenizers.checkpoints.import_checkpoint reads"
+                "release's vqgan.ckpt: omni import vqgan.ckpt DIRECTORY --image-size 512 --torch-reader"
             )
         return super().decode(codes)
 

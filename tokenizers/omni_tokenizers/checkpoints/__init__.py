@@ -78,15 +78,18 @@ def load_checkpoint(directory: epath.PathLike) -> NetTokenizer:
     return _imported(place.reader)(values, tensors, str(directory))
 
 
-def import_checkpoint(path: epath.PathLike, *, image_size: int | None = None) -> NetTokenizer:
+def import_checkpoint(
+    path: epath.PathLike, *, image_size: int | None = None, torch_reader: bool = False
+) -> NetTokenizer:
     """The tokenizer in a public checkpoint; `save` writes it in this package's own format.
 
     Args:
         path: a directory that transformers wrote, or a file of weights as taming-transformers (such as Chameleon's
             vqgan.ckpt) or LlamaGen wrote it: PyTorch's format or safetensors.
         image_size: height and width that a net from a file is meant for, which no file says (default 256).
+        torch_reader: whether to read a file in PyTorch's format, which is a pickle, with torch's weights_only reader.
     Raises:
-        OmniError: not a checkpoint of a known family, or damaged.
+        OmniError: not a checkpoint of a known family, damaged, or a pickle whose reader was not asked for.
     """
     path = epath.Path(path)
     if path.is_dir():
@@ -95,7 +98,15 @@ def import_checkpoint(path: epath.PathLike, *, image_size: int | None = None) ->
         return load_checkpoint(path)
     if not path.exists():
         raise OmniError(f"{path}: there is no such file or directory")
-    tensors = weights.read(path) if path.suffix == ".safetensors" else read_torch(path)
+    if path.suffix == ".safetensors":
+        tensors = weights.read(path)
+    elif torch_reader:
+        tensors = read_torch(path)
+    else:
+        raise OmniError(
+            f"{path}: no safetensors file; if it is one of PyTorch, which is a pickle, ask for torch's weights_only "
+            "reader, which takes tensors alone: omni import --torch-reader, or torch_reader=True"
+        )
     reader = _imported("omni_tokenizers.checkpoints.vqgan:from_original")
     return reader(tensors, 256 if image_size is None else image_size, str(path))
 
