@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 import omni_tokenizers
 from omni.parts import Audio, Image, Part, Text, read_part
 from omni_tokenizers.base import DESCRIPTION
-from omni_tokenizers.codes import as_codes
+from omni_tokenizers.codes import as_codes, codebook_use
 from omni_tokenizers.errors import OmniError, UsageError
 
 _BESIDES = ("lengths", "scales", "sizes")
@@ -200,7 +200,7 @@ def _evaluate_images(tokenizer, pixels: UInt8[np.ndarray, "n height width 3"]) -
 
     codes = tokenizer.encode(pixels)
     decoded = tokenizer.decode(codes)
-    use = image_metrics.codebook_use(np.asarray(codes), tokenizer.codebook_sizes[0])
+    use = codebook_use(np.asarray(codes), tokenizer.codebook_sizes[0])
     names = ("psnr", "ssim", "ms_ssim")
     quality = {name: _measured(getattr(image_metrics, name), pixels, decoded) for name in names}
     return {"pictures": len(pixels), **quality, **use}

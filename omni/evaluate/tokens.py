@@ -46,13 +46,14 @@ def measure_bits(
 def measure_image_tokenizer(model: Model, data: EvaluationData, settings: EvaluationSettings) -> dict:
     """PSNR (dB) and SSIM of decode(encode(x)), usage and perplexity of the codebook, over held-out pictures."""
     from omni_tokenizers import image_metrics
+    from omni_tokenizers.codes import codebook_use
 
     tokenizer = model.tokenizers["image"]
     size = tokenizer.image_size
     pixels = np.stack([part.resize_crop(size, size).pixels for part in data.test["image"].parts])
     codes = tokenizer.encode(pixels)
     decoded = tokenizer.decode(codes)
-    use = image_metrics.codebook_use(np.asarray(codes), tokenizer.codebook_sizes[0])
+    use = codebook_use(np.asarray(codes), tokenizer.codebook_sizes[0])
     return {
         "psnr": float(image_metrics.psnr(pixels, decoded)),
         "ssim": float(image_metrics.ssim(pixels, decoded)),

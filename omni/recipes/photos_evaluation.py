@@ -21,8 +21,9 @@ import omni_tokenizers
 from omni.exits import exits
 from omni.recipes import photos
 from omni.recipes.photos_baselines import KMeansConfig, fit_k_means, quantized, webp_nearest
+from omni_tokenizers.codes import codebook_use
 from omni_tokenizers.image import ImageTokenizer
-from omni_tokenizers.image_metrics import codebook_use, psnr, ssim
+from omni_tokenizers.image_metrics import psnr, ssim
 
 QUALITY = {"psnr": psnr, "ssim": ssim}
 

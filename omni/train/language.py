@@ -22,8 +22,9 @@ from omni.model.config import TransformerConfig
 from omni.model.embeddings import start_from_codebook
 from omni.model.files import save_transformer
 from omni.model.transformer import Transformer
-from omni.train.task import Batch, Sum, Task
+from omni.train.task import Batch, Task
 from omni_tokenizers.errors import UsageError
+from omni_tokenizers.losses.terms import Sum
 
 HELD_OUT_BATCH = 16
 

@@ -15,7 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from omni.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from omni.train.task import Batch, Gallery, Sum, Task
+from omni.train.task import Batch, Gallery, Task
+from omni_tokenizers.losses.terms import Sum
 
 Metrics = dict[str, Sum]
 

@@ -16,10 +16,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from omni.parts import Part
 from omni.train.optimizer import OptimizerConfig
 from omni_tokenizers.errors import UsageError
+from omni_tokenizers.losses.terms import Sum
 
 Batch = dict[str, Array]
-Sum = tuple[Float[Array, ""], Float[Array, ""]]
-"""A total and the weight to divide it by, so that sums over microbatches and devices stay exact."""
 
 
 Loss = tuple[Float[Array, ""], Float[Array, ""], dict[str, Sum]]

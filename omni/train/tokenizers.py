@@ -27,13 +27,13 @@ from omni_tokenizers.base import NetTokenizer
 from omni_tokenizers.discriminators import PatchDiscriminatorConfig, STFTDiscriminatorConfig
 from omni_tokenizers.encodec import EncodecConfig, EncodecTokenizer
 from omni_tokenizers.errors import UsageError
-from omni_tokenizers.image import ImageTokenizer, ImageTokenizerConfig, normalized
+from omni_tokenizers.image import ImageTokenizer, ImageTokenizerConfig, as_pixels, normalized
 from omni_tokenizers.losses.adversarial import adaptive_weight, deception, feature_matching, hinge
 from omni_tokenizers.losses.audio import AudioLosses
 from omni_tokenizers.losses.image import ImageLosses
 from omni_tokenizers.losses.perceptual import PREPROCESSING, PerceptualDistance, sha256
 from omni_tokenizers.quantizers import Quantized
-from omni_tokenizers.vqgan import VQGANConfig, VQGANTokenizer, as_pixels
+from omni_tokenizers.vqgan import VQGANConfig, VQGANTokenizer
 from omni_tokenizers.waveform import whole_frames
 
 _say_once = functools.cache(logging.getLogger(__name__).info)

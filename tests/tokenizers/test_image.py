@@ -11,6 +11,7 @@ import pytest
 import scipy.ndimage
 from flax import nnx
 
+from omni_tokenizers.codes import codebook_use
 from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.image import (
     Convolution,
@@ -21,7 +22,7 @@ from omni_tokenizers.image import (
     normalized,
     space_to_depth,
 )
-from omni_tokenizers.image_metrics import codebook_use, ms_ssim, psnr, ssim
+from omni_tokenizers.image_metrics import ms_ssim, psnr, ssim
 
 CONFIG = ImageTokenizerConfig(
     image_size=16, patch_size=4, channels=16, multipliers=(1, 2), codebook_size=32, code_dim=4

@@ -11,11 +11,11 @@ import numpy as np
 import soxr
 from jaxtyping import Float, Int
 
+from omni_tokenizers.codes import codebook_use
 from omni_tokenizers.errors import OmniError
+from omni_tokenizers.losses.audio import DAC_MELS, DAC_WINDOWS
 from omni_tokenizers.spectral import hann, mel_filterbank
 
-_WINDOWS = (32, 64, 128, 256, 512, 1024, 2048)
-_MELS = (5, 10, 20, 40, 80, 160, 320)
 _STOI_SECONDS = 3
 _PESQ_RATE = 16000
 _PESQ_WORST, _INAUDIBLE = 1.0, 1e-9  # silence as an estimate stops the package
@@ -117,14 +117,7 @@ def codebook_usage(
     codes = np.asarray(codes)
     frames = np.full(len(codes), codes.shape[2]) if frames is None else np.asarray(frames)
     inside = np.arange(codes.shape[2]) < frames[:, None]
-    result = []
-    for level, size in enumerate(sizes):
-        counts = np.bincount(codes[:, level][inside], minlength=size)
-        share = counts[counts > 0] / max(counts.sum(), 1)
-        result.append(
-            {"usage": float((counts > 0).mean()), "perplexity": float(np.exp(-(share * np.log(share)).sum()))}
-        )
-    return result
+    return [codebook_use(codes[:, level][inside], size) for level, size in enumerate(sizes)]
 
 
 def _clips(reference, estimate, lengths) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -139,7 +132,7 @@ def _clips(reference, estimate, lengths) -> Iterator[tuple[np.ndarray, np.ndarra
 
 
 def _mel_distance(reference: np.ndarray, estimate: np.ndarray, sample_rate: int) -> float:
-    pairs = zip(_WINDOWS, _MELS, strict=True)
+    pairs = zip(DAC_WINDOWS, DAC_MELS, strict=True)
     logs = [[_log10_mel(audio, sample_rate, *pair) for audio in (reference, estimate)] for pair in pairs]
     return sum(float(np.abs(a - b).mean()) for a, b in logs)
 

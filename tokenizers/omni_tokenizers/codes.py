@@ -60,3 +60,10 @@ def as_codes(codes, *, axes: tuple[str, ...], size: int) -> Codes:
         raise OmniError(f"code {ids[outside][0]} is outside the codebook, which holds 0 to {size - 1}")
     ids = ids.astype(np.int32)
     return dataclasses.replace(codes, ids=ids) if isinstance(codes, Codes) else Codes(ids)
+
+
+def codebook_use(codes: Int[np.ndarray, " ..."], size: int) -> dict[str, float]:
+    """Over a whole set of codes: "usage", the share of `size` codes that occur, "perplexity", exp of their entropy."""
+    counts = np.bincount(np.asarray(codes).ravel(), minlength=size)
+    share = counts[counts > 0] / max(counts.sum(), 1)
+    return {"usage": float((counts > 0).mean()), "perplexity": float(np.exp(-(share * np.log(share)).sum()))}

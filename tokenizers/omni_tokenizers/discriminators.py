@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from omni_tokenizers.errors import UsageError
 from omni_tokenizers.layers import Conv2d
 from omni_tokenizers.spectral import frame, hann
-from omni_tokenizers.vqgan import GroupNorm
+from omni_tokenizers.vqgan import GroupNorm, padded
 
 _SLOPE = 0.2  # of leaky rectifiers
 _MOST_CHANNELS = 8  # times those of the first layer
@@ -72,10 +72,10 @@ class PatchDiscriminator(nnx.Module):
             )
         x, features = image, []
         for index, layer in enumerate(self.layers):
-            x = layer(_bordered(x))
+            x = layer(padded(x))
             x = nnx.leaky_relu(self.norms[index - 1](x) if index else x, _SLOPE)
             features.append(x)
-        return [self.head(_bordered(x))[..., 0]], features
+        return [self.head(padded(x))[..., 0]], features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +179,3 @@ class WeightNormConv2d(nnx.Module):
 
 def _lengths(kernel: Float[Array, "height width inputs outputs"]) -> Float[Array, " outputs"]:
     return jnp.sqrt(jnp.square(kernel).sum((0, 1, 2)))
-
-
-def _bordered(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height2 width2 channels"]:
-    """A border of zeros, for kernels of 4."""
-    return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))

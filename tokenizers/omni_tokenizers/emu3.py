@@ -20,9 +20,9 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from omni_tokenizers.codebooks import Codebook
 from omni_tokenizers.errors import UsageError
-from omni_tokenizers.image import normalized
+from omni_tokenizers.image import as_pixels, normalized
 from omni_tokenizers.layers import Conv2d, Conv3d
-from omni_tokenizers.vqgan import PIXELS, Decoder, Encoder, GridTokenizer, GroupNorm, PyramidConfig, as_pixels, repeated
+from omni_tokenizers.vqgan import PIXELS, Decoder, Encoder, GridTokenizer, GroupNorm, PyramidConfig, repeated
 
 _EPSILON = 1e-5
 

@@ -169,7 +169,7 @@ class ImageVQ(nnx.Module):
     def decode(self, codes: Int[Array, "batch rows columns"]) -> UInt8[Array, "batch height width 3"]:
         """Images of codes."""
         pixels = self.reconstruct(self.quantizer.lookup(codes))
-        return jnp.round(jnp.clip((pixels + 1) * 127.5, 0, 255)).astype(jnp.uint8)
+        return as_pixels(pixels)
 
     def autoencode(
         self, image: Float[Array, "batch height width 3"], key: PRNGKeyArray | None, *, training: bool
@@ -232,6 +232,11 @@ class ImageTokenizer(NetTokenizer):
 def normalized(image: Array) -> Float[Array, "batch height width 3"]:
     """uint8 pixels as float32 within [-1, 1]; floating point passes through."""
     return image.astype(jnp.float32) / 127.5 - 1 if image.dtype == jnp.uint8 else image.astype(jnp.float32)
+
+
+def as_pixels(image: Float[Array, "*axes"]) -> UInt8[Array, "*axes"]:
+    """Values within [-1, 1] as 0 to 255; beyond them the nearest."""
+    return jnp.round(jnp.clip((image + 1) * 127.5, 0, 255)).astype(jnp.uint8)
 
 
 def space_to_depth(x: Float[Array, "batch height width channels"], size: int) -> Float[Array, "batch rows columns all"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import scipy.ndimage
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 
 from omni_tokenizers.errors import OmniError
 
@@ -67,13 +67,6 @@ def ms_ssim(
     reference, estimate = _checked(reference, estimate)
     _check_sides(reference, SMALLEST_FOR_MS_SSIM, "MS-SSIM")
     return float(np.mean([_ms_ssim(*pair) for pair in zip(reference, estimate, strict=True)]))
-
-
-def codebook_use(codes: Int[np.ndarray, " ..."], size: int) -> dict[str, float]:
-    """Over a whole set of codes: "usage", the share of `size` codes that occur, "perplexity", exp of their entropy."""
-    counts = np.bincount(np.asarray(codes).ravel(), minlength=size)
-    share = counts[counts > 0] / max(counts.sum(), 1)
-    return {"usage": float((counts > 0).mean()), "perplexity": float(np.exp(-(share * np.log(share)).sum()))}
 
 
 def _checked(reference, estimate) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from omni_tokenizers.base import NetTokenizer
 from omni_tokenizers.codes import Codes, as_codes
 from omni_tokenizers.errors import OmniError, UsageError
-from omni_tokenizers.image import normalized
+from omni_tokenizers.image import as_pixels, normalized
 from omni_tokenizers.layers import Conv2d
 from omni_tokenizers.losses.image import ImageLosses
 from omni_tokenizers.quantizers import (
@@ -454,7 +454,7 @@ class VQGANTokenizer(GridTokenizer):
 
 
 def padded(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height2 width2 channels"]:
-    """`x` with a border of zeros, for a 3 x 3 convolution that keeps the size."""
+    """`x` with a border of one pixel of zeros: a 3 x 3 convolution then keeps the size."""
     return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
 
 
@@ -463,11 +463,6 @@ def repeated(
 ) -> Float[Array, "batch height2 width2 channels"]:
     """Each pixel as a square of `times` x `times`: upsampling to the nearest."""
     return x.repeat(times, 1).repeat(times, 2)
-
-
-def as_pixels(image: Float[Array, "*axes"]) -> UInt8[Array, "*axes"]:
-    """Values within [-1, 1] as 0 to 255; beyond them the nearest."""
-    return jnp.round(jnp.clip((image + 1) * 127.5, 0, 255)).astype(jnp.uint8)
 
 
 def _rows(sizes: Int[np.ndarray, " axes"]) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from omni_tokenizers.errors import UsageError
-from omni_tokenizers.losses.image import Sum, quantizer_metrics
+from omni_tokenizers.losses.terms import Sum, quantizer_metrics
 from omni_tokenizers.quantizers.base import Quantized, check_weights
 from omni_tokenizers.spectral import magnitude, mel_filterbank, stft
 

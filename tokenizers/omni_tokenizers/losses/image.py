@@ -8,10 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from omni_tokenizers.losses.perceptual import PerceptualDistance
+from omni_tokenizers.losses.terms import Sum, quantizer_metrics
 from omni_tokenizers.quantizers.base import Quantized, check_weights
-
-Sum = tuple[Float[Array, ""], Float[Array, ""]]
-"""A total and the weight to divide it by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +55,3 @@ class ImageLosses:
             total += self.perceptual * values["perceptual"]
         metrics = {name: (value, weight) for name, value in values.items()} | quantizer_metrics(quantized, weight)
         return total + weight * (quantized.commitment + quantized.auxiliary), weight, metrics
-
-
-def quantizer_metrics(quantized: Quantized, weight: Float[Array, ""]) -> dict[str, Sum]:
-    """What a quantiser tells of a batch of `weight` examples."""
-    names = ("commitment", "auxiliary", "perplexity", "usage")
-    return {name: (weight * getattr(quantized, name), weight) for name in names}
