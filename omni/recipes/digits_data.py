@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from omni.recipes import espeak
 from omni.recipes.digits_documents import WORDS
+from omni.recipes.making import make_once
 from omni_tokenizers.errors import OmniError
 
 FORMAT = 1
@@ -103,25 +104,17 @@ def prepare(directory: epath.PathLike, seed: int = 0) -> epath.Path:
     Raises:
       OmniError: the directory holds something else, a package of the extra `quickstart` is missing, or espeak-ng fails.
     """
-    directory = epath.Path(directory)
-    if directory.exists():
-        found = _read_manifest(directory)["seed"]
-        if found != seed:
-            raise OmniError(f"{directory}: made with seed {found}, not {seed}; remove it or choose another directory")
-        return directory
-    partial = directory.parent / f"{directory.name}.partial"
-    if partial.exists():
-        partial.rmtree()
-    partial.mkdir(parents=True)
-    scans, speech = list(_scan_records(seed)), list(_speech_records(seed))
-    counts = {
-        "digit_scans": _write(partial, "digit_scans", scans),
-        "digit_speech": _write(partial, "digit_speech", speech),
-    }
-    versions = {name: importlib.metadata.version(name) for name in ("espeakng-loader", "scikit-learn", "scipy", "soxr")}
-    manifest = {"format": FORMAT, "seed": seed, "counts": counts, "packages": versions}
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    return partial.rename(directory)
+
+    def fill(partial: epath.Path) -> dict:
+        scans, speech = list(_scan_records(seed)), list(_speech_records(seed))
+        counts = {
+            "digit_scans": _write(partial, "digit_scans", scans),
+            "digit_speech": _write(partial, "digit_speech", speech),
+        }
+        packages = ("espeakng-loader", "scikit-learn", "scipy", "soxr")
+        return {"counts": counts, "packages": {name: importlib.metadata.version(name) for name in packages}}
+
+    return make_once(directory, "digits data", {"format": FORMAT, "seed": seed}, fill)
 
 
 def load(directory: epath.PathLike) -> DigitsData:

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from omni.data.examples import Examples
 from omni.exits import exits
 from omni.recipes import espeak, sentences
-from omni.train.run_directory import read_json, write_json
+from omni.recipes.making import make_once
+from omni.train.run_directory import read_json
 from omni_tokenizers.errors import OmniError, UsageError
 
 FORMAT = 1
@@ -96,35 +97,24 @@ def prepare(directory: epath.PathLike, seed: int = 0) -> epath.Path:
     Raises:
       OmniError: the directory holds something else, a package of the extra `quickstart` is missing, or espeak-ng fails.
     """
-    directory = epath.Path(directory)
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        if not (directory / "manifest.json").exists():
-            raise OmniError(f"{directory}: holds something else than speech; remove it or choose another directory")
-        found = _manifest(directory)["seed"]
-        if found != seed:
-            raise OmniError(f"{directory}: made with seed {found}, not {seed}; remove it or choose another directory")
-        return directory
-    partial = directory.parent / f"{directory.name}.partial"
-    if partial.exists():
-        partial.rmtree()
-    partial.mkdir(parents=True)
-    utterances = plan(seed)
-    spoken = espeak.speak(utterance for split in utterances.values() for utterance in split)
-    progress = tqdm(spoken, "speaking", sum(map(len, utterances.values())), unit="sentence", mininterval=1)
-    said, splits = iter(progress), {}
-    for split, wanted in utterances.items():
-        clips = [espeak.trimmed(next(said), utterance, SAMPLE_RATE) for utterance in wanted]
-        with (partial / f"{split}.npy").open("wb") as file:
-            np.save(file, np.concatenate(clips))
-        splits[split] = [
-            {"samples": len(clip), "voice": utterance.voice, "text": utterance.text}
-            for clip, utterance in zip(clips, wanted, strict=True)
-        ]
-    versions = {name: importlib.metadata.version(name) for name in ("espeakng-loader", "soxr")}
-    write_json(partial / "manifest.json", {"format": FORMAT, "seed": seed, "packages": versions, "splits": splits})
-    if directory.exists():
-        directory.rmdir()  # it was empty, and a directory is not renamed onto another
-    return partial.rename(directory)
+
+    def fill(partial: epath.Path) -> dict:
+        utterances = plan(seed)
+        spoken = espeak.speak(utterance for split in utterances.values() for utterance in split)
+        said = iter(tqdm(spoken, "speaking", sum(map(len, utterances.values())), unit="sentence", mininterval=1))
+        splits = {}
+        for split, wanted in utterances.items():
+            clips = [espeak.trimmed(next(said), utterance, SAMPLE_RATE) for utterance in wanted]
+            with (partial / f"{split}.npy").open("wb") as file:
+                np.save(file, np.concatenate(clips))
+            splits[split] = [
+                {"samples": len(clip), "voice": utterance.voice, "text": utterance.text}
+                for clip, utterance in zip(clips, wanted, strict=True)
+            ]
+        packages = {name: importlib.metadata.version(name) for name in ("espeakng-loader", "soxr")}
+        return {"packages": packages, "splits": splits}
+
+    return make_once(directory, "speech", {"format": FORMAT, "seed": seed}, fill)
 
 
 def plan(seed: int) -> dict[Split, list[espeak.Utterance]]:

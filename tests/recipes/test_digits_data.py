@@ -106,8 +106,10 @@ def test_prepared_data_is_kept(small, directory, tmp_path):
     assert (directory / "manifest.json").stat() == before
     with pytest.raises(OmniError, match="seed 0"):
         small(directory, seed=1)
-    with pytest.raises(OmniError, match="no digits data"):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(OmniError, match="something else than digits data"):
         small(tmp_path, seed=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_augmentation_keeps_the_digit(data):
