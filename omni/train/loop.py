@@ -169,11 +169,8 @@ def train(config: TrainConfig) -> TrainState | None:
             save = stop or step % config.checkpoint_every == 0 or step == config.steps
             if save or due:
                 values = mean(jax.device_get(window)) | {"steps_per_second": len(window) / (time.monotonic() - since)}
-                for name in (
-                    "loss",
-                    "gradient_norm",
-                    "critic/gradient_norm",
-                ):  # the loss is from before the step, the gradient made the step
+                # The loss is from before the step, the gradients made the step.
+                for name in ("loss", "gradient_norm", "critic/gradient_norm"):
                     if not math.isfinite(values.get(name, 0.0)):
                         raise OmniError(f"{output}: {name} at step {step} is not finite; lower the learning rate")
                 if save and validation:
