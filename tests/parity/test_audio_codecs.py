@@ -170,7 +170,8 @@ def test_every_tensor_matters(pair):
     codes, decoded = measure(tokenizer.state)
     seen = {}
     for name, value in tensors.items():
-        noise = (value.std() or 1) * random.standard_normal(value.shape).astype(np.float32)
+        size = np.sqrt(np.mean(np.square(value))) or 1  # not the spread: magnitudes of weights are nearly one value
+        noise = size * random.standard_normal(value.shape).astype(np.float32)
         state = interop.to_state(net, tensors | {name: value + noise}, pairs, "changed", ignored=ignored)
         changed = measure(state)
         seen[name] = bool((changed[0] != codes).any()), error(changed[1], decoded) > SOUND
