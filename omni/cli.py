@@ -188,6 +188,8 @@ def _add_tokenizer_verbs(parser: argparse.ArgumentParser) -> None:
     evaluate = verb("eval", run_tokenizer_eval, "measure a tokenizer on files", example)
     evaluate.add_argument("directory")
     evaluate.add_argument("files", nargs="+")
+    evaluate.add_argument("--lpips-weights", metavar="FILE", help="safetensors of LPIPS: measures LPIPS of pictures")
+    evaluate.add_argument("--inception-weights", metavar="FILE", help="safetensors of Inception v3: measures rFID")
     example = "encode runs/quickstart/tokenizers/image out/1.png > codes.json"
     summary = "a text, or a picture or sound file, to codes (JSON on stdout)"
     encode = verb("encode", run_tokenizer_encode, summary, example)
@@ -350,7 +352,8 @@ def _print_written(directory: Path) -> None:
 def run_tokenizer_eval(options: argparse.Namespace) -> None:
     from omni.tokenizer_tools import evaluate_files
 
-    print(json.dumps(evaluate_files(options.directory, options.files), indent=2))
+    weights = {"lpips_weights": options.lpips_weights, "inception_weights": options.inception_weights}
+    print(json.dumps(evaluate_files(options.directory, options.files, **weights), indent=2))
 
 
 def run_tokenizer_encode(options: argparse.Namespace) -> None:

@@ -1,9 +1,9 @@
 """The Fréchet distance, and what is said of weights that are none."""
 
-import inception_cases
 import numpy as np
 import pytest
 import scipy.linalg
+from network_weights import inception_tensors
 
 from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.inception import InceptionFeatures, frechet_distance
@@ -27,7 +27,7 @@ def test_frechet_distance_is_its_formula(pictures):
 
 def test_features_do_not_depend_on_company():
     """A picture alone, among others, and beyond what goes through the net together."""
-    net = InceptionFeatures(inception_cases.inception_tensors(), "narrow")
+    net = InceptionFeatures(inception_tensors(), "narrow")
     pictures = np.random.default_rng(0).integers(0, 256, (18, 2, 3, 3), np.uint8).repeat(10, 1).repeat(10, 2)
     features = net(pictures)
     assert features.shape == (18, 24) and np.ptp(features, axis=0).max() > 1e-3
@@ -47,7 +47,7 @@ def test_features_do_not_depend_on_company():
 )
 def test_damaged_weights_are_named(damage, complaint):
     """Missing, not finite, or of another shape."""
-    tensors = inception_cases.inception_tensors()
+    tensors = inception_tensors()
     damage(tensors)
     with pytest.raises(OmniError, match=f"narrow: .*{complaint}"):
         InceptionFeatures(tensors, "narrow")

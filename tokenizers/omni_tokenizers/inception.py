@@ -74,11 +74,13 @@ class InceptionFeatures:
         tensors: `NAME.conv.weight` [out, in, height, width], `NAME.bn.weight`, `.bias`, `.running_mean` and
             `.running_var` [out] of every convolution, named as in torchvision, of any width. Others are ignored.
         source: where they are from, for messages.
+        sha256: of the file that they are from.
     Raises:
         OmniError: a tensor is missing, has another shape than its place wants, or holds no numbers.
     """
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], source: str):
+    def __init__(self, tensors: Mapping[str, np.ndarray], source: str, sha256: str | None = None):
+        self.sha256 = sha256
         names = [name for name in _STEM if name] + [
             f"{block}.{name}"
             for block, branches in _BLOCKS.items()
@@ -95,7 +97,7 @@ class InceptionFeatures:
     @classmethod
     def read(cls, path: epath.PathLike) -> InceptionFeatures:
         """The net of the weights in a safetensors file; an `OmniError` if they are not as described above."""
-        return cls(weights.read(path), str(path))
+        return cls(weights.read(path), str(path), weights.sha256(path))
 
     def __call__(self, pictures: UInt8[np.ndarray, "n height width 3"]) -> Float[np.ndarray, "n features"]:
         """Features of all pictures, a few at a time."""
