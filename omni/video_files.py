@@ -111,7 +111,7 @@ def _opened(stream: BinaryIO, path) -> Iterator[tuple[Any, Any]]:
     stream.seek(0)
     try:
         container = av.open(stream, options={"format_whitelist": _FORMATS})
-    except av.error.InvalidDataError as error:
+    except av.error.FFmpegError as error:
         raise OmniError(f"{path}: not a video that can be read: truncated, or none of {_FORMATS}") from error
     with container:
         covers = av.stream.Disposition.attached_pic
