@@ -109,8 +109,9 @@ def _opened(stream: BinaryIO, path) -> Iterator[tuple[Any, Any]]:
     """A container and its video stream, whose header is within the limits."""
     av = pyav()
     stream.seek(0)
+    most = {"max_pixels": str(MAX_FRAME_PIXELS)}  # of what is decoded, which may be larger than the header says
     try:
-        container = av.open(stream, options={"format_whitelist": _FORMATS})
+        container = av.open(stream, options={"format_whitelist": _FORMATS, **most})
     except av.error.FFmpegError as error:
         raise OmniError(f"{path}: not a video that can be read: truncated, or none of {_FORMATS}") from error
     with container:
@@ -121,9 +122,9 @@ def _opened(stream: BinaryIO, path) -> Iterator[tuple[Any, Any]]:
         video = videos[0]
         width, height = video.codec_context.width, video.codec_context.height
         if not 0 < width * height <= MAX_FRAME_PIXELS:
-            most = MAX_FRAME_PIXELS / 1e6
-            raise OmniError(f"{path}: frames of {width}x{height} pixels; 1 to {most:.0f} million can be read")
-        video.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # also if frames say otherwise than headers
+            limit = f"{MAX_FRAME_PIXELS / 1e6:.0f} million pixels"
+            raise OmniError(f"{path}: its frames say no size, or one above {limit}; scale the video down")
+        video.codec_context.options = most
         if (stated := _stated_seconds(container, video)) is not None:
             _check_seconds(stated, path)
         yield container, video
@@ -151,19 +152,20 @@ def _check_stated_bytes(stream: BinaryIO, path) -> None:
     head = stream.read(4096)
     stated = 0
     if head[:4] == b"RIFF":
-        stated = 8 + int.from_bytes(head[4:8], "little")
+        length = int.from_bytes(head[4:8], "little")
+        stated = 8 + length if length < 0x7FFFF000 else 0  # programs that write to a pipe state more, for "unknown"
     elif head[:4] == b"\x1a\x45\xdf\xa3":  # EBML's header, then the segment, which is all the rest
-        first = 4 + sum(_ebml_size(head[4:]))
-        stated = first + 4 + sum(_ebml_size(head[first + 4 :]))
-    if size < stated < 0x7FFFF000:  # programs that write to a pipe state more, for "unknown"
+        segment = 4 + sum(_ebml_size(head[4:]))
+        stated = segment + 4 + sum(_ebml_size(head[segment + 4 :]))
+    if size < stated:
         raise OmniError(f"{path}: truncated; {stated} bytes are stated, {size} are there")
 
 
 def _ebml_size(content: bytes) -> tuple[int, int]:
-    """The length of a variable-size integer and its value; the number of leading zero bits says the former."""
+    """Length of a variable-size integer, by its leading zero bits, and its value: 0 where all ones say unknown."""
     length = 9 - content[0].bit_length() if content else 0
-    value = int.from_bytes(content[:length], "big")
-    return length, value - (1 << 7 * length) if length else 0
+    value = int.from_bytes(content[:length], "big") - (1 << 7 * length)
+    return length, value if 0 < value < (1 << 7 * length) - 1 else 0
 
 
 def _packet_times(container, video, path) -> Float[np.ndarray, " packets"]:

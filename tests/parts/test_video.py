@@ -298,7 +298,7 @@ def test_times_that_do_not_rise_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("limit", "value", "message"),
     [
-        ("MAX_FRAME_PIXELS", 3071, "frames of 64x48 pixels"),
+        ("MAX_FRAME_PIXELS", 3071, "no size, or one above 0 million pixels"),
         ("MAX_FRAMES", 9, "more than 9"),
         ("MAX_BYTES", FRAMES.nbytes - 1, "take fewer"),
     ],
@@ -307,6 +307,27 @@ def test_limits_hold_before_anything_is_decoded(steady, monkeypatch, limit, valu
     monkeypatch.setattr(video_files, "_decoded", lambda *_: pytest.fail("decoded"))
     monkeypatch.setattr(video_files, limit, value)
     assert message in refusal(Video.read, steady)
+
+
+def test_frames_larger_than_the_header_says_are_refused(tmp_path, monkeypatch):
+    """The header of the container is damaged to 8 x 48 pixels, the stream of H.264 has 264 x 48."""
+    wide = np.pad(FRAMES, ((0, 0), (0, 0), (0, 200), (0, 0)))
+    videos.write(tmp_path / "a.mkv", wide, [0, 0.1], codec="libx264", pixels="yuv420p")
+    content = (tmp_path / "a.mkv").read_bytes()
+    assert content.count(b"\xb0\x82\x01\x08") == 1  # PixelWidth
+    (tmp_path / "b.mkv").write_bytes(content.replace(b"\xb0\x82\x01\x08", b"\xb0\x82\x00\x08"))
+    monkeypatch.setattr(video_files, "MAX_FRAME_PIXELS", 48 * 64)
+    assert "b.mkv" in refusal(Video.read, tmp_path / "b.mkv")
+
+
+def test_a_stream_of_unknown_size_is_read(tmp_path):
+    """Programs that write to a pipe do not know how long a Matroska file will be."""
+    Video(FRAMES).save(tmp_path / "a.mkv")
+    content = (tmp_path / "a.mkv").read_bytes()
+    at = content.index(b"\x18\x53\x80\x67") + 4
+    assert content[at] == 1  # a size of eight bytes
+    (tmp_path / "a.mkv").write_bytes(content[:at] + b"\x01" + b"\xff" * 7 + content[at + 8 :])
+    assert indices(Video.read(tmp_path / "a.mkv")) == list(range(10))
 
 
 def test_fewer_frames_fit_where_all_do_not(steady, monkeypatch):
