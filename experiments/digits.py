@@ -31,5 +31,7 @@ config = dataclasses.replace(
     audio_variants=11,
     documents=200_000,
     transformer=dataclasses.replace(quickstart.transformer, depth=6, head_dim=64, mlp_dim=240),
+    guidance={"image": 3.0, "audio": 3.0},
+    temperature={"image": 0.3, "audio": 0.5},
     transformer_training=dataclasses.replace(quickstart.transformer_training, steps=12000, ema_decay=0.998),
 )

@@ -194,6 +194,8 @@ def _add_tokenizer_verbs(parser: argparse.ArgumentParser) -> None:
     evaluate.add_argument("directory")
     evaluate.add_argument("files", nargs="+")
     evaluate.add_argument("--fps", type=float, help="frames a second to take of videos; default: all")
+    evaluate.add_argument("--lpips-weights", metavar="FILE", help="safetensors of LPIPS: measures LPIPS of pictures")
+    evaluate.add_argument("--inception-weights", metavar="FILE", help="safetensors of Inception v3: measures rFID")
     example = "encode runs/quickstart/tokenizers/image out/1.png > codes.json"
     summary = "a text, or a picture, sound or video file, to codes (JSON on stdout)"
     encode = verb("encode", run_tokenizer_encode, summary, example)
@@ -360,7 +362,8 @@ def _print_written(directory: Path) -> None:
 def run_tokenizer_eval(options: argparse.Namespace) -> None:
     from omni.tokenizer_tools import evaluate_files
 
-    print(json.dumps(evaluate_files(options.directory, options.files, fps=options.fps), indent=2))
+    weights = {"lpips_weights": options.lpips_weights, "inception_weights": options.inception_weights}
+    print(json.dumps(evaluate_files(options.directory, options.files, fps=options.fps, **weights), indent=2))
 
 
 def run_tokenizer_encode(options: argparse.Namespace) -> None:

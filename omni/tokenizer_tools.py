@@ -26,6 +26,8 @@ _MOST_PIXELS = 2048 * 2048
 """Of a picture that goes through a net as it is: some 2 GB in a layer of 128 channels."""
 _MOST_VIDEO_PIXELS = 16 * _MOST_PIXELS
 """Of all frames of a video, which is encoded as a whole: 200 MB; nets see a few frames at a time."""
+_FEW_PICTURES = 10_000
+"""Below which a Fréchet distance says little."""
 
 logger = logging.getLogger(__name__)
 
@@ -206,11 +208,27 @@ def _decoded(tokenizer, codes: omni_tokenizers.Codes, timestamps: list | None = 
     return Image(pixels) if pixels.ndim == 3 else Video(pixels, timestamps)
 
 
-def evaluate_files(directory: str, files: Sequence[str], fps: float | None = None) -> dict:
+def evaluate_files(
+    directory: str,
+    files: Sequence[str],
+    *,
+    fps: float | None = None,
+    lpips_weights: str | None = None,
+    inception_weights: str | None = None,
+) -> dict:
     """Reconstruction quality over files and codebook usage: PSNR, SSIM, MS-SSIM; mel distance, SI-SDR, STOI, PESQ.
 
-    Videos are taken at `fps` frames a second (default: all frames) and measured frame by frame. What cannot be measured
-    (a package is missing, pictures are small, nothing is said) is None, and the log says why.
+    Videos are measured frame by frame. What cannot be measured (a package is missing, pictures are small, nothing is
+    said) is None, and the log says why.
+
+    Args:
+        fps: frames a second that are taken of videos; default: all frames.
+        lpips_weights: safetensors file of LPIPS (see `PerceptualDistance`); with it, LPIPS of pictures.
+        inception_weights: safetensors file of Inception v3 (see `InceptionFeatures`); with it, rFID of pictures: the
+            Fréchet distance of reconstructions from originals.
+    Raises:
+        UsageError: files of another modality, or weights with files that hold no pictures.
+        OmniError: damaged files or weights.
     """
     tokenizer = omni_tokenizers.load(directory)
     if tokenizer.modality == "text":
@@ -221,17 +239,21 @@ def evaluate_files(directory: str, files: Sequence[str], fps: float | None = Non
             raise UsageError(f"{file} holds {part.modality}; {directory} is a tokenizer of {tokenizer.modality}")
         if part.modality != parts[0].modality:
             raise UsageError(f"{file} holds {part.modality}, {files[0]} {parts[0].modality}; measure them apart")
+    if parts[0].modality != "image" and (lpips_weights or inception_weights):
+        raise UsageError(f"LPIPS and rFID compare pictures; {files[0]} holds {parts[0].modality}")
     if isinstance(parts[0], Video):
         return _evaluate_videos(tokenizer, prepared(tokenizer, parts), files)
     arrays = prepared(tokenizer, parts, same_size=True)
     return (
-        _evaluate_images(tokenizer, np.stack(arrays))
+        _evaluate_images(tokenizer, np.stack(arrays), lpips_weights, inception_weights)
         if tokenizer.modality == "image"
         else _evaluate_audio(tokenizer, arrays)
     )
 
 
-def _evaluate_images(tokenizer, pixels: UInt8[np.ndarray, "n height width 3"]) -> dict:
+def _evaluate_images(
+    tokenizer, pixels: UInt8[np.ndarray, "n height width 3"], lpips_weights: str | None, inception_weights: str | None
+) -> dict:
     from omni_tokenizers import image_metrics
 
     codes = tokenizer.encode(pixels)
@@ -239,6 +261,10 @@ def _evaluate_images(tokenizer, pixels: UInt8[np.ndarray, "n height width 3"]) -
     use = codebook_use(np.asarray(codes), tokenizer.codebook_sizes[0])
     names = ("psnr", "ssim", "ms_ssim")
     quality = {name: _measured(getattr(image_metrics, name), pixels, decoded) for name in names}
+    if lpips_weights:
+        quality |= _lpips(lpips_weights, pixels, decoded)
+    if inception_weights:
+        quality |= _rfid(inception_weights, pixels, decoded)
     return {"pictures": len(pixels), **quality, **use}
 
 
@@ -276,6 +302,33 @@ def _mean(values: list[float | None]) -> float | None:
     """The mean of what could be measured; None where there is none."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
+
+
+def _lpips(path: str, pixels: UInt8[np.ndarray, "n height width 3"], decoded: np.ndarray) -> dict:
+    """The mean over pictures, signed with the weights' hash."""
+    import jax
+
+    from omni_tokenizers.image import normalized
+    from omni_tokenizers.losses.perceptual import PREPROCESSING, PerceptualDistance
+
+    distance = PerceptualDistance.read(path)
+    if not distance.is_lpips:
+        raise OmniError(f"{path}: holds no linI.model.1.weight, without which the distance is no LPIPS")
+    apart = jax.jit(lambda *pair: distance(*map(normalized, pair)))
+    scores = [float(apart(a[None], b[None])[0]) for a, b in zip(decoded, pixels, strict=True)]
+    signature = {"sha256": distance.sha256, "preprocessing": PREPROCESSING}
+    return {"lpips": float(np.mean(scores)), "lpips_weights": signature}
+
+
+def _rfid(path: str, pixels: UInt8[np.ndarray, "n height width 3"], decoded: np.ndarray) -> dict:
+    """The Fréchet distance, signed with the weights' hash; it falls with the number of pictures, so that is said."""
+    from omni_tokenizers.inception import PREPROCESSING, InceptionFeatures, frechet_distance
+
+    if len(pixels) < _FEW_PICTURES:
+        logger.warning("rFID of %d pictures is far above that of many; published ones are of 50,000", len(pixels))
+    features = InceptionFeatures.read(path)
+    signature = {"sha256": features.sha256, "preprocessing": PREPROCESSING}
+    return {"rfid": frechet_distance(features(pixels), features(decoded)), "rfid_weights": signature}
 
 
 def _evaluate_audio(tokenizer, clips: list[Float[np.ndarray, "channels samples"]]) -> dict:

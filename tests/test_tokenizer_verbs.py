@@ -1,6 +1,7 @@
 """import, export and the tokenizer verbs with public tokenizers: exact round trips, one clear line for what is bad."""
 
 import functools
+import hashlib
 import json
 import logging
 import sys
@@ -11,6 +12,7 @@ import soundfile
 import videos
 from audio_codecs import golden
 from flax import nnx
+from network_weights import inception_tensors, lpips_tensors
 
 import omni
 import omni_tokenizers
@@ -359,3 +361,29 @@ def test_what_json_has_no_number_for_is_null_and_said(value, why, caplog):
         return value
 
     assert tokenizer_tools._measured(psnr) is None and f"not measured: psnr, {why}" in caplog.text
+
+
+def test_eval_with_the_users_networks(run, directories, tmp_path, caplog):
+    """With weights, LPIPS and rFID are measured and signed; they are refused for sound, and where they are no LPIPS."""
+    names = []
+    for index in range(3):
+        names.append(tmp_path / f"{index}.png")
+        omni.parts.Image(np.random.default_rng(index).integers(0, 256, (32, 32, 3), np.uint8)).save(names[-1])
+    lpips, inception, plain = (tmp_path / f"{name}.safetensors" for name in ("lpips", "inception", "plain"))
+    weights.write(lpips, lpips_tensors())
+    weights.write(plain, {name: value for name, value in lpips_tensors().items() if not name.startswith("lin")})
+    weights.write(inception, inception_tensors())
+    both = ("--lpips-weights", lpips, "--inception-weights", inception)
+    code, out, err = run("tokenizer", "eval", directories["vqgan"], *names, *both)
+    assert code == 0 and "rFID of 3 pictures" in caplog.text, err
+    found = json.loads(out)
+    assert found["lpips"] > 0 and found["rfid"] > 0
+    for name, path in (("lpips_weights", lpips), ("rfid_weights", inception)):
+        assert found[name]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    code, _, err = run("tokenizer", "eval", directories["vqgan"], *names, "--lpips-weights", plain)
+    assert code == 1 and "is no LPIPS" in err
+    soundfile.write(tmp_path / "tone.wav", np.full(1600, 0.1), 16000)
+    code, _, err = run("tokenizer", "eval", directories["audio"], tmp_path / "tone.wav", *both)
+    assert code == 2 and "LPIPS and rFID compare pictures" in err
+    code, _, err = run("tokenizer", "eval", directories["vqgan"], *names, "--inception-weights", tmp_path / "absent")
+    assert code == 1 and "absent" in err

@@ -111,7 +111,7 @@ class DigitsRecipe:
     """The audio codec."""
     audio_training: TrainingLength = TrainingLength(steps=500, batch_size=32, learning_rate=2e-3)
     """Its training."""
-    image_variants: int = 12
+    image_variants: int = 24
     """Augmentations of each training scan among the documents."""
     audio_variants: int = 3
     """Augmentations of each training utterance among the documents, beside the utterance as it is."""
@@ -127,7 +127,7 @@ class DigitsRecipe:
     row_length: int = 192
     """Tokens of a packed row, and of the model's context."""
     transformer_training: TrainingLength = TrainingLength(
-        steps=2400, batch_size=8, learning_rate=6e-3, weight_decay=0.1, ema_decay=0.99, optimizer="muon"
+        steps=2200, batch_size=8, learning_rate=6e-3, weight_decay=0.1, ema_decay=0.99, optimizer="muon"
     )
     """Its training."""
     loss_weights: dict[str, float] = field(default_factory=lambda: {"text": 3.0})
@@ -136,9 +136,9 @@ class DigitsRecipe:
     """Part of the embedding rows' variance that begins as the tokenizers' own code vectors."""
     context_weight: float = 0.1
     """What a token of a context part weighs beside one of a target part."""
-    guidance: float = 3.0
-    """Guidance of pictures and sounds unless a request says otherwise."""
-    temperature: dict[str, float] = field(default_factory=lambda: {"image": 0.3, "audio": 0.5})
+    guidance: dict[str, float] = field(default_factory=lambda: {"image": 3.0, "audio": 2.0})
+    """Guidance of each modality unless a request says otherwise; text has none."""
+    temperature: dict[str, float] = field(default_factory=lambda: {"image": 0.3, "audio": 0.6})
     """Temperature of each modality unless a request says otherwise; text is the likeliest."""
     checkpoint_every: int = 100
     """Steps between checkpoints of every training."""
@@ -146,8 +146,8 @@ class DigitsRecipe:
     """What is measured."""
 
     def __post_init__(self) -> None:
-        by_modality = {"temperature": self.temperature, "loss_weights": self.loss_weights, **self.evaluation.sampling}
-        for name, setting in by_modality.items():
+        own = {name: getattr(self, name) for name in ("temperature", "guidance", "loss_weights")}
+        for name, setting in (*own.items(), *self.evaluation.sampling.items()):
             if unknown := sorted(set(setting) - set(MODALITIES)):
                 near = difflib.get_close_matches(unknown[0], MODALITIES, 1, cutoff=0)[0]
                 raise UsageError(f"{name}: unknown modality {unknown[0]!r}; did you mean {near!r}?")
@@ -221,7 +221,7 @@ class DigitsRecipe:
         """Default sampling settings of the model."""
         return {
             "temperature": {"text": 0.0, **self.temperature},
-            "guidance": {"text": 1.0, "image": self.guidance, "audio": self.guidance},
+            "guidance": {"text": 1.0, **self.guidance},
         }
 
     def measured(self) -> dict:

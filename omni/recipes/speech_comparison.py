@@ -177,7 +177,7 @@ def _steps(task: AudioTokenizerTask, batch_size: int, optimizer: OptimizerConfig
 def curve(config: TrainConfig, clips: Sequence[np.ndarray]) -> list[dict[str, float]]:
     """Held-out quality at each checkpoint of a finished run, against the measured seconds of training.
 
-    The file keeps each point, so that a run that went on has only its new checkpoints measured.
+    The file keeps each point: a run that went on has only its new checkpoints measured, and those that are gone stay.
     """
     path = epath.Path(config.output) / "curve.json"
     known = {point["step"]: point for point in read_json(path)} if path.exists() else {}
@@ -191,13 +191,12 @@ def curve(config: TrainConfig, clips: Sequence[np.ndarray]) -> list[dict[str, fl
     )
     seconds = training_seconds(config.output)
     with Checkpoints(config.output, config.keep, config.task.metadata()) as checkpoints:
-        steps = checkpoints.steps()
-        for step in steps:
+        for step in checkpoints.steps():
             if step not in known:
                 state, _ = checkpoints.restore(abstract, step)
                 known[step] = {"step": step, "training_seconds": round(seconds[step], 1)}
                 known[step] |= through(autoencode, state, clips)
-    points = [known[step] for step in steps]
+    points = [known[step] for step in sorted(known)]
     write_json(path, points)
     return points
 

@@ -101,7 +101,10 @@ def train(config: TrainConfig) -> TrainState | None:
     run_directory.claim(output, run_directory.to_json(config), write=first)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"claimed {output}")
-    if run_directory.finished_steps(output) >= config.steps:
+    finished = run_directory.finished_steps(output)
+    if finished > config.steps:
+        raise UsageError(f"{output} was finished after {finished} steps; steps is {config.steps}")
+    if finished == config.steps:
         logger.info("%s: finished before", output)
         return None
 

@@ -22,6 +22,7 @@ from omni.pages.spectrogram import mel_magnitudes, spectrogram
 from omni.parts import Audio, Image, Part
 from omni.train.run_directory import write_json
 from omni.train.task import Adversary, Batch, Gallery, Loss, Task
+from omni_tokenizers import weights
 from omni_tokenizers.audio import AudioTokenizer, AudioTokenizerConfig
 from omni_tokenizers.base import NetTokenizer
 from omni_tokenizers.discriminators import PatchDiscriminatorConfig, STFTDiscriminatorConfig
@@ -31,7 +32,7 @@ from omni_tokenizers.image import ImageTokenizer, ImageTokenizerConfig, as_pixel
 from omni_tokenizers.losses.adversarial import adaptive_weight, deception, feature_matching, hinge
 from omni_tokenizers.losses.audio import AudioLosses
 from omni_tokenizers.losses.image import ImageLosses
-from omni_tokenizers.losses.perceptual import PREPROCESSING, PerceptualDistance, sha256
+from omni_tokenizers.losses.perceptual import PREPROCESSING, PerceptualDistance
 from omni_tokenizers.quantizers import Quantized
 from omni_tokenizers.vqgan import VQGANConfig, VQGANTokenizer
 from omni_tokenizers.waveform import whole_frames
@@ -253,7 +254,7 @@ class ImageTokenizerTask(TokenizerTask):
     def metadata(self) -> dict[str, dict[str, Any]]:
         """What signs a result that a perceptual loss had a part in: whose weights, and how pictures went in."""
         path = self.chosen_losses.perceptual_weights
-        return {"perceptual": _perceptual(sha256(path))} if path else {}
+        return {"perceptual": _perceptual(weights.sha256(path))} if path else {}
 
     def save(self, model: nnx.Module, directory: epath.Path) -> None:
         """As for every tokenizer; with a perceptual loss, perceptual.json beside it says of which weights."""

@@ -189,12 +189,12 @@ def test_a_stage_with_other_settings_is_done_anew(stages):
     assert len(runs) == 2 and stages.attempts() == {}
 
 
-@pytest.mark.parametrize("where", ["temperature", "evaluation"])
+@pytest.mark.parametrize("where", ["temperature", "guidance", "evaluation"])
 def test_a_wrong_modality_is_found_before_anything_runs(where):
     """The nearest modality is named."""
     wrong = {"imge": 0.3}
     with pytest.raises(UsageError, match=r"imge.*did you mean 'image'"):
-        digits.DigitsRecipe(**{where: wrong if where == "temperature" else EvaluationSettings(guidance=wrong)})
+        digits.DigitsRecipe(**{where: EvaluationSettings(guidance=wrong) if where == "evaluation" else wrong})
 
 
 def test_sampling_may_change_between_runs_and_training_may_not(tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def test_interrupt_saves(tmp_path, monkeypatch, undisturbed):
 
 
 def test_finished_run_returns_at_once(tmp_path, monkeypatch):
-    """What is finished is not touched; a longer run goes on from it."""
+    """What is finished is not touched; a longer run goes on from it, and is not taken for a shorter one."""
     config = regression(tmp_path / "run", steps=4)
     train(config)
     with monkeypatch.context() as patch:
@@ -84,6 +84,8 @@ def test_finished_run_returns_at_once(tmp_path, monkeypatch):
         assert train(config) is None
     longer = train(regression(tmp_path / "run", steps=6))
     assert int(longer.step) == 6
+    with pytest.raises(UsageError, match="finished after 6 steps; steps is 4"):
+        train(config)
     (tmp_path / "run" / "finished.json").unlink()
     with pytest.raises(UsageError, match="at step 6 already"):
         train(config)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
+from network_weights import lpips_tensors
 from tokenizer_cases import TASKS, tokenizer_run
 
 import omni_tokenizers
@@ -195,15 +196,8 @@ def test_losses_are_set_in_one_place():
 
 
 def vgg(path, seed=0):
-    """Writes the weights of a narrow VGG16 with LPIPS's, and returns the path."""
-    random, tensors, channels = np.random.default_rng(seed), {}, 3
-    for stage, numbers in enumerate(((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))):
-        for number in numbers:
-            tensors[f"features.{number}.weight"] = random.normal(size=(4, channels, 3, 3)).astype(np.float32)
-            tensors[f"features.{number}.bias"] = np.zeros(4, np.float32)
-            channels = 4
-        tensors[f"lin{stage}.model.1.weight"] = random.uniform(size=(1, 4, 1, 1)).astype(np.float32)
-    weights.write(path, tensors)
+    """Writes the weights of a narrow LPIPS, and returns the path."""
+    weights.write(path, lpips_tensors(seed))
     return str(path)
 
 

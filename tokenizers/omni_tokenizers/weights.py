@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 
@@ -62,6 +63,14 @@ def unflatten(state: nnx.State, tensors: Mapping[str, np.ndarray], source: str =
             raise OmniError(f"{source}: tensor {name!r} holds values that are not finite; the file is damaged")
         filled.append((path, variable.replace(jnp.asarray(value, wanted.dtype))))
     return nnx.from_flat_state(filled)
+
+
+def sha256(path: epath.PathLike) -> str:
+    """SHA-256 of a file, in hexadecimal; `OmniError` where there is none."""
+    try:
+        return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
+    except OSError:
+        raise OmniError(f"{path}: there is no such file of weights") from None
 
 
 def rounded(tensors: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:

@@ -5,7 +5,6 @@ Source: LPIPS (Zhang et al. 2018, arXiv:1801.03924, equation 1), the VGG16 varia
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 import jax
@@ -46,7 +45,7 @@ class PerceptualDistance(nnx.Module):
     def __init__(self, tensors: Mapping[str, np.ndarray], source: str, sha256: str | None = None):
         self.sha256 = sha256
         channels, self.stages = 3, nnx.List([])
-        heads = any(name.startswith("lin") for name in tensors)
+        self.is_lpips = any(name.startswith("lin") for name in tensors)
         self.heads = nnx.List([])
         for stage, numbers in enumerate(_STAGES):
             layers = nnx.List([])
@@ -57,14 +56,14 @@ class PerceptualDistance(nnx.Module):
                 layers.append(nnx.List([_Fixed(jnp.asarray(kernel.transpose(2, 3, 1, 0))), _Fixed(jnp.asarray(bias))]))
             self.stages.append(layers)
             head = np.ones(channels, np.float32)
-            if heads:
+            if self.is_lpips:
                 head = _tensor(tensors, f"lin{stage}.model.1.weight", (1, channels, 1, 1), source).reshape(-1)
             self.heads.append(_Fixed(jnp.asarray(head)))
 
     @classmethod
     def read(cls, path: epath.PathLike) -> PerceptualDistance:
         """The distance of the weights in a safetensors file; an `OmniError` if they are not as described above."""
-        return cls(weights.read(path), str(path), sha256(path))
+        return cls(weights.read(path), str(path), weights.sha256(path))
 
     def __call__(
         self, estimate: Float[Array, "batch height width 3"], image: Float[Array, "batch height width 3"]
@@ -86,14 +85,6 @@ class PerceptualDistance(nnx.Module):
                 x = nnx.relu(_convolved(x, kernel[...]) + bias[...])
             features.append(x)
         return features
-
-
-def sha256(path: epath.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal; `OmniError` where there is none."""
-    try:
-        return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
-    except OSError:
-        raise OmniError(f"{path}: there is no such file of weights") from None
 
 
 def _convolved(x: Array, kernel: Array) -> Array:
