@@ -11,7 +11,7 @@ QUICKSTART = [
     "scikit-learn>=1.6,<1.10",
 ]
 NOTEBOOK = ["ipykernel>=6.29,<8", "nbclient>=0.10,<0.12", "nbformat>=5.10,<6"]
-VIDEO = ["av>=18,<19"]
+VIDEO = ["av>=18.1,<19"]
 TEST = [
     *QUICKSTART,
     *NOTEBOOK,
