@@ -9,6 +9,8 @@ import tracemalloc
 import numpy as np
 import pytest
 import videos
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image as PillowImage
 
 from omni import media, video_files
@@ -182,6 +184,32 @@ def test_reading_by_rate_takes_the_frame_that_is_shown(steady, tmp_path):
         expected, found = Video(FRAMES[:4], times).resample(fps), Video.read(tmp_path / "b.mkv", fps=fps)
         assert indices(found) == indices(expected)
         np.testing.assert_allclose(found.timestamps, expected.timestamps)
+
+
+class Pixel:
+    """A decoded frame of one pixel."""
+
+    rotation = 0
+
+    def __init__(self, value: int):
+        self.value = value
+
+    def to_ndarray(self, format: str) -> np.ndarray:
+        return np.full((1, 1, 3), self.value, np.uint8)
+
+
+@given(st.lists(st.integers(1, 2000), max_size=30), st.floats(0.2, 120))
+def test_files_arrays_and_the_definition_choose_alike(gaps, fps):
+    """At each moment up to the last frame's, the last frame that begins up to it or within a millisecond after."""
+    times = np.cumsum([0, *gaps]) / 1000
+    video = Video(np.arange(len(times), dtype=np.uint8)[:, None, None, None].repeat(3, -1), times)
+    moments = [k / fps for k in range(int((times[-1] + video_files.TICK) * fps) + 1)]
+    expected = [max(i for i, time in enumerate(times) if time - video_files.TICK <= moment) for moment in moments]
+    found = video.resample(fps)
+    np.testing.assert_array_equal(found.timestamps, moments)
+    assert found.frames[:, 0, 0, 0].tolist() == expected
+    read = video_files._at(zip(times, map(Pixel, range(len(times))), strict=True), found.timestamps, "a.mkv")
+    assert read[:, 0, 0, 0].tolist() == expected
 
 
 def test_reading_by_count_spreads_over_the_whole(steady):
