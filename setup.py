@@ -11,7 +11,16 @@ QUICKSTART = [
     "scikit-learn>=1.6,<1.10",
 ]
 NOTEBOOK = ["ipykernel>=6.29,<8", "nbclient>=0.10,<0.12", "nbformat>=5.10,<6"]
-TEST = [*QUICKSTART, *NOTEBOOK, "hypothesis>=6.100,<7", "pytest>=8.3,<10", "ruff>=0.9,<0.18", "setuptools>=77,<100"]
+VIDEO = ["av>=18.1,<19"]
+TEST = [
+    *QUICKSTART,
+    *NOTEBOOK,
+    *VIDEO,
+    "hypothesis>=6.100,<7",
+    "pytest>=8.3,<10",
+    "ruff>=0.9,<0.18",
+    "setuptools>=77,<100",
+]
 
 setup(
     name="omni-any-to-any",
@@ -56,6 +65,7 @@ setup(
     extras_require={
         "quickstart": QUICKSTART,
         "notebook": NOTEBOOK,
+        "video": VIDEO,
         "test": TEST,
         "speech": ["pesq>=0.0.4,<0.1"],  # compiled when it is installed
         "torch": ["torch>=2.6,<3"],

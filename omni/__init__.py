@@ -15,6 +15,7 @@ _HOMES = {
     "Text": "omni.parts",
     "Image": "omni.parts",
     "Audio": "omni.parts",
+    "Video": "omni.parts",
     "Model": "omni.bundle",
     "Request": "omni.bundle",
     "load": "omni.bundle",

@@ -6,13 +6,13 @@ a trie of all the token runs that the layouts allow. Ids that no rule tells apar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from omni.layout import BOUNDARY, CODE, CONTROL, TEXT, SpanLayout
+from omni.layout import BOUNDARY, CODE, CONTROL, TEXT, Shape, SpanLayout, Symbol
 from omni_tokenizers.errors import OmniError
 
 AFTER_BOS, AFTER_TEXT, AFTER_TURN, AFTER_EOS = range(4)
@@ -31,7 +31,7 @@ class GrammarTables:
       modality: modality of the last token.
       next_modality: modality whose sampling settings choose the next token.
       level, column: codebook and column of the code that came last, -1 if it was no code.
-      row: its row in a grid, -1 outside grids (a layout whose spans all have one row is none).
+      row: its row in a grid, -1 outside grids (a layout whose spans all have one row is none, unless it has frames).
       offset: tokens between the span's first token and the last token; 0 outside spans.
       closed: modality of the span that the last token closed, else -1.
       entry: classes that begin a part of each modality.
@@ -73,7 +73,7 @@ class _Classes:
         rules += [table for layout in layouts for table in layout.tables]
         tokens = set(control.values())
         for layout in layouts:
-            tokens.update(layout.open, layout.begin, layout.close, layout.row_end)
+            tokens.update(layout.open, layout.begin, layout.close, layout.row_end, layout.frame_begin, layout.frame_end)
             tokens.update(token for family in layout.families for token in family[0].prefix)
         rules += [np.array([token]) for token in sorted(tokens)]
         membership = np.zeros((size, len(rules)), bool)
@@ -191,12 +191,12 @@ def compile_tables(
 def _insert(trie: _Trie, classes: _Classes, layout: SpanLayout, modality: int, closed_state: int) -> None:
     """Adds the runs of one modality, from the state after bos to the state of its closed span."""
     where = f"modality '{layout.name}'"
-    in_grid = any(rows > 1 for rows, _ in layout.shapes)
+    in_grid = layout.has_frames or any(rows > 1 for rows, _ in layout.shapes)
     code_classes = [classes.of(table) for table in layout.tables]
 
-    def walk(state: int, offset: int, symbols) -> list[int]:
+    def walk(state: int, offset: int, symbols: Iterable[Symbol]) -> list[int]:
         states = [state]
-        for token, role, level, row, column in symbols:
+        for token, role, level, _, row, column in symbols:
             accepted = code_classes[level] if role == CODE else classes.of(token)
             grid_row = row if in_grid else -1
             states.append(trie.step(states[-1], accepted, (role, modality, level, grid_row, column, offset), where))
@@ -207,18 +207,22 @@ def _insert(trie: _Trie, classes: _Classes, layout: SpanLayout, modality: int, c
         longest = list(layout.symbols(family[-1]))[: -len(layout.close)]
         spine = walk(AFTER_BOS, 0, longest)
         for shape in family:
-            # A shorter row of codes is the beginning of the longest one, then the delayed rest.
-            head = len(longest) if shape is family[-1] else _shared(layout, family, shape, longest)
-            body = list(layout.symbols(shape))[head:]
-            state = walk(spine[head], head, body[:-1])[-1]
+            head, rest = _branch(layout, family[-1], shape, longest)
+            state = walk(spine[head], head, rest[:-1])[-1]
             trie.connect(state, classes.of(layout.close[-1]), closed_state, where)
 
 
-def _shared(layout: SpanLayout, family, shape, longest) -> int:
-    """Number of tokens that a shape of a family shares with the longest: all those before its first row's last step."""
-    if shape.rows > 1:
-        return 0
-    full = sum(1 for _ in layout.row(0, family[-1].columns))
+def _branch(
+    layout: SpanLayout, largest: Shape, shape: Shape, longest: Sequence[Symbol]
+) -> tuple[int, Sequence[Symbol]]:
+    """How many tokens a shape shares with the largest of its family, whose tokens are `longest`; those that follow."""
+    (frames, rows, columns), closing = shape.grid, list(layout.closing())
+    if (rows, columns) == largest.grid[1:]:  # the first frames of the largest, or itself
+        return len(longest) - (largest.grid[0] - frames) * layout.frame_length(shape), closing
+    if (frames, rows) != (1, 1):
+        return 0, list(layout.symbols(shape))
+    # A shorter row of codes is the beginning of the longest one, up to its own last step, then the delayed rest.
+    full, after = (sum(1 for _ in layout.row(0, largest.grid[2], step)) for step in (0, columns))
     lead = next(i for i, symbol in enumerate(longest) if symbol[1] == CODE)
-    after = sum(1 for _ in layout.row(0, family[-1].columns, shape.columns))
-    return lead + full - after
+    head = lead + full - after
+    return head, list(layout.symbols(shape))[head:]

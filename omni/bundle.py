@@ -1,6 +1,6 @@
 """A model with everything it needs, as one directory: the one place where all pieces meet.
 
-model.json  weights.safetensors  vocabulary.json  grammar.json  generation.json  tokenizers/{text,image,audio}/
+model.json  weights.safetensors  vocabulary.json  grammar.json  generation.json  tokenizers/{text,image,audio,video}/
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Request:
       parts: the prompt: strings, parts, pictures, paths (see `omni.parts.as_part`).
       want: modalities of the reply's parts, in order; None leaves them to the model.
       seed: same seed, same reply, whatever else is in the batch.
-      max_tokens: most tokens of the reply; by default the longest picture or sound and 32 tokens of text for each that
-        is wanted, or the rest of the context.
+      max_tokens: most tokens of the reply; by default the longest picture, sound or video and 32 tokens of text for
+        each that is wanted, or the rest of the context.
       temperature, top_k, top_p, guidance: one number, or modality -> number.
       constrained: whether only well-formed replies can come.
     """
@@ -174,9 +174,13 @@ class Model:
 
     def prepare(self, requests: Sequence[Request]) -> list[PreparedRequest]:
         """Requests as the engine takes them."""
-        documents = [[as_part(part) for part in _listed(request.parts)] for request in requests]
+        documents = [[self._part(part) for part in _listed(request.parts)] for request in requests]
         spans = self.processor.spans(documents)
         return [self._prepare(request, self.grammar.prompt(own)) for request, own in zip(requests, spans, strict=True)]
+
+    def _part(self, value) -> Part:
+        """What stands for a part as one; of a video file only the frames that the model sees are read."""
+        return as_part(value, fps=self.processor.frame_rate)
 
     def _prepare(self, request: Request, ids: Int[np.ndarray, " tokens"]) -> PreparedRequest:
         grammar = self.grammar
@@ -215,7 +219,7 @@ class Model:
 
     def encode(self, parts: Sequence[Part | str]) -> Int[np.ndarray, " tokens"]:
         """Ids of a whole document; parts marked `context` come before the turn."""
-        return self.processor.tokens([as_part(part) for part in _listed(parts)]).ids
+        return self.processor.tokens([self._part(part) for part in _listed(parts)]).ids
 
     def decode(self, ids: Int[np.ndarray, " tokens"]) -> list[Part]:
         """Parts of a document's ids; `GrammarError` where they are not one."""

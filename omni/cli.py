@@ -78,11 +78,13 @@ def make_parser() -> argparse.ArgumentParser:
     generate = verb(
         "generate",
         run_generate,
-        "Answer a prompt. Arguments that name a picture or sound file are read as such, others are text.",
+        "Answer a prompt. Arguments that name a picture, sound or video file are read as such, others are text.",
         'omni generate runs/quickstart "seven" --want image,audio --out out/',
     )
     generate.add_argument("model", help="a run or an exported directory")
-    generate.add_argument("parts", nargs="+", metavar="PART", help="text, or the path of a picture or sound file")
+    generate.add_argument(
+        "parts", nargs="+", metavar="PART", help="text, or the path of a picture, sound or video file"
+    )
     generate.add_argument(
         "--want", help="modalities of the reply in order, comma-separated; default: the model decides"
     )
@@ -142,7 +144,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     tokenizer = verb(
-        "tokenizer", None, "Train, measure and use image, audio and text tokenizers.", "omni tokenizer encode DIR x.png"
+        "tokenizer",
+        None,
+        "Train, measure and use image, audio, video and text tokenizers.",
+        "omni tokenizer encode DIR x.png",
     )
     _add_tokenizer_verbs(tokenizer)
 
@@ -188,13 +193,15 @@ def _add_tokenizer_verbs(parser: argparse.ArgumentParser) -> None:
     evaluate = verb("eval", run_tokenizer_eval, "measure a tokenizer on files", example)
     evaluate.add_argument("directory")
     evaluate.add_argument("files", nargs="+")
+    evaluate.add_argument("--fps", type=float, help="frames a second to take of videos; default: all")
     evaluate.add_argument("--lpips-weights", metavar="FILE", help="safetensors of LPIPS: measures LPIPS of pictures")
     evaluate.add_argument("--inception-weights", metavar="FILE", help="safetensors of Inception v3: measures rFID")
     example = "encode runs/quickstart/tokenizers/image out/1.png > codes.json"
-    summary = "a text, or a picture or sound file, to codes (JSON on stdout)"
+    summary = "a text, or a picture, sound or video file, to codes (JSON on stdout)"
     encode = verb("encode", run_tokenizer_encode, summary, example)
     encode.add_argument("directory")
-    encode.add_argument("part", help="a picture or sound file, or text")
+    encode.add_argument("part", help="a picture, sound or video file, or text")
+    encode.add_argument("--fps", type=float, help="frames a second to take of a video; default: all")
     example = "decode runs/quickstart/tokenizers/image codes.json again.png"
     summary = "codes (a JSON file, or - for stdin) to a file"
     decode = verb("decode", run_tokenizer_decode, summary, example)
@@ -252,7 +259,7 @@ def run_generate(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None
     }
     want = [name.strip() for name in options.want.split(",")] if options.want else None
-    parts = read_arguments(options.parts)
+    parts = read_arguments(options.parts, fps=model.processor.frame_rate)
     _status("compiling and generating")
     reply = model.generate(parts, want=want, seed=options.seed, max_tokens=options.max_tokens, **settings)
     files = reply.save(options.out) if options.out else []
@@ -267,24 +274,27 @@ def run_generate(options: argparse.Namespace) -> None:
     for file in files:
         print(f"wrote {file}")
     if not options.out and any(part.modality != "text" for part in reply.parts):
-        print("pictures and sounds were not written: add --out DIRECTORY", file=sys.stderr)
+        print("pictures, sounds and videos were not written: add --out DIRECTORY", file=sys.stderr)
 
 
-def read_argument(argument: str):
-    """A prompt argument as a part: a file where its ending is one of a picture or sound, else text."""
+def read_argument(argument: str, fps: float | None = None):
+    """A prompt argument as a part: a file where its ending is one of a picture, sound or video, else text.
+
+    Of a video, `fps` frames a second are read, or all.
+    """
     from omni import media, parts
 
-    if Path(argument).suffix.lower() in (*media.PICTURE_EXTENSIONS, *media.SOUND_EXTENSIONS):
-        return parts.read_part(argument)
+    if Path(argument).suffix.lower() in (*media.PICTURE_EXTENSIONS, *media.SOUND_EXTENSIONS, *media.VIDEO_EXTENSIONS):
+        return parts.read_part(argument, fps)
     return parts.Text(argument)
 
 
-def read_arguments(arguments: Sequence[str]) -> list:
-    """Prompt arguments as parts; words that the shell has split are one text again."""
+def read_arguments(arguments: Sequence[str], fps: float | None = None) -> list:
+    """Prompt arguments as parts (see `read_argument`); words that the shell has split are one text again."""
     from omni.parts import Text
 
     parts: list = []
-    for part in map(read_argument, arguments):
+    for part in (read_argument(argument, fps) for argument in arguments):
         if parts and isinstance(part, Text) and isinstance(parts[-1], Text):
             parts[-1] = Text(f"{parts[-1].text} {part.text}")
         else:
@@ -353,13 +363,13 @@ def run_tokenizer_eval(options: argparse.Namespace) -> None:
     from omni.tokenizer_tools import evaluate_files
 
     weights = {"lpips_weights": options.lpips_weights, "inception_weights": options.inception_weights}
-    print(json.dumps(evaluate_files(options.directory, options.files, **weights), indent=2))
+    print(json.dumps(evaluate_files(options.directory, options.files, fps=options.fps, **weights), indent=2))
 
 
 def run_tokenizer_encode(options: argparse.Namespace) -> None:
     from omni.tokenizer_tools import encode_part
 
-    print(json.dumps(encode_part(options.directory, read_argument(options.part))))
+    print(json.dumps(encode_part(options.directory, read_argument(options.part, options.fps))))
 
 
 def run_tokenizer_decode(options: argparse.Namespace) -> None:

@@ -31,7 +31,8 @@ FORMAT = 1
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """The codes of one part: text `[n]`, others `[codebooks, rows, columns]`, int32."""
+    """The codes of one part, int32: text `[n]`, video `[codebooks, frames, rows, columns]`, others `[codebooks, rows,
+    columns]`."""
 
     modality: str
     codes: Int[np.ndarray, "*shape"]
@@ -113,17 +114,17 @@ class Grammar:
         if span.modality == "text":
             return self.vocabulary.to_ids(self.text_block, codes)
         layout = self.layouts[self.modalities[self.index(span.modality)]]
-        if codes.ndim != 3 or codes.shape[0] != len(layout.codebooks):
+        if codes.ndim != 3 + layout.has_frames or codes.shape[0] != len(layout.codebooks):
             raise OmniError(
                 f"codes of {span.modality} have shape {codes.shape}; the grammar wants "
-                f"[{len(layout.codebooks)}, rows, columns]"
+                f"[{len(layout.codebooks)}, {'frames, ' if layout.has_frames else ''}rows, columns]"
             )
         template = layout.template(*codes.shape[1:])
         per_level = np.stack(
             [self.vocabulary.to_ids(block, level) for block, level in zip(layout.codebooks, codes, strict=True)]
         )
         ids = template.fixed.copy()
-        ids[template.is_code] = per_level[template.places]
+        ids[template.is_code] = per_level.reshape(_framed(codes.shape))[template.places]
         return ids
 
     def prompt(self, spans: Sequence[Span]) -> Int[np.ndarray, " tokens"]:
@@ -171,6 +172,8 @@ class Grammar:
         Time is the index itself. A code in a grid counts rows and columns from the index at which its span opened; any
         other token has its index in all three. After Qwen2-VL's M-RoPE (https://arxiv.org/abs/2409.12191), which holds
         time still inside a picture: here it runs on, so that one-dimensional positions are the first coordinate alone.
+        Every frame of a video counts rows and columns from there, as in M-RoPE: what stands at one place of the picture
+        has one row and one column in all frames, and its times are a frame's tokens apart.
         """
         tables = self.tables
         in_grid, opened = tables.row[states] >= 0, index - tables.offset[states]
@@ -222,15 +225,21 @@ class Grammar:
             if len(run) < length or tuple(run[-len(layout.close) :].tolist()) != layout.close:
                 continue
             for shape in shapes:
-                template = layout.template(shape.rows, shape.columns)
+                template = layout.template(*shape.size)
                 if not np.array_equal(run[~template.is_code], template.fixed[~template.is_code]):
                     continue
-                codes = np.full((len(layout.codebooks), shape.rows, shape.columns), -1, np.int32)
+                codes = np.full((len(layout.codebooks), *shape.grid), -1, np.int32)
                 found = run[template.is_code]
                 per_level = np.stack([self.vocabulary.to_codes(block, found) for block in layout.codebooks])
                 codes[template.places] = per_level[template.places[0], np.arange(len(found))]
                 if codes.min() >= 0:
+                    codes = codes.reshape(len(codes), *shape.size)
                     return Span(layout.name, codes, context), place + length
         raise GrammarError(
             f"token {place}: {layout.name} opens but is not closed with a size it may have ({layout.sizes()})", spans
         )
+
+
+def _framed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of codes with the axis of frames that only videos have."""
+    return (shape[0], *(1, *shape[1:])[-3:])

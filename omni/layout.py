@@ -1,8 +1,9 @@
 """How one modality's codes are written as a run of ids between its opening and closing tokens.
 
 A `SpanLayout` reads the JSON of one modality and answers two questions, for any size that the modality allows: which
-token stands where (`template`), and which sizes there are (`shapes`). Codes are always `[codebooks, rows, columns]`: a
-picture is `[1, height, width]`, sound `[codebooks, 1, frames]`. Rows are written one after the other; inside a row,
+token stands where (`template`), and which sizes there are (`shapes`). Codes are `[codebooks, rows, columns]`: a picture
+is `[1, height, width]`, sound `[codebooks, 1, frames]`; or `[codebooks, frames, rows, columns]` where the declared
+shapes have frames: video. Frames are written one after the other, and the rows of a frame likewise; inside a row,
 codebook k is shifted right by `delays[k]` columns (all 0: the codebooks of a column stand together, "flattened"; 0, 1,
 2, ...: the delay pattern of MusicGen, https://arxiv.org/abs/2306.05284), and places outside the row are left out.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,20 +22,31 @@ from jaxtyping import Bool, Int
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.errors import OmniError
 
-CONTROL, TEXT, BOUNDARY, SIZE, ROW_END, CODE = range(6)
-ROLES = ("control", "text", "boundary", "size", "row_end", "code")
+CONTROL, TEXT, BOUNDARY, SIZE, ROW_END, CODE, FRAME_BOUNDARY = range(7)
+ROLES = ("control", "text", "boundary", "size", "row_end", "code", "frame_boundary")
 
 _KEYS = {"codebooks", "open", "begin", "close", "shapes", "row_end", "last_row_end", "delays"}
-_SHAPE_KEYS = {"rows", "columns", "prefix"}
+_VIDEO_KEYS = {"frame_begin", "frame_end", "frame_rate"}
+_SHAPE_KEYS = {"frames", "rows", "columns", "prefix"}
+
+Symbol = tuple[int, int, int, int, int, int]
+"""A token of a span: its fixed id or -1, its role, and level, frame, row and column of the code that it is, else -1."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """An allowed size of a span and the size tokens that announce it (none for most layouts)."""
+    """An allowed size of a span and the size tokens that announce it (none for most layouts).
 
-    rows: int
-    columns: int
+    `size` is (rows, columns), or (frames, rows, columns) of a video.
+    """
+
+    size: tuple[int, ...]
     prefix: tuple[int, ...] = ()
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(frames, rows, columns); what is no video counts as one frame."""
+        return (1, *self.size)[-3:]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +56,13 @@ class Template:
     Attributes:
       fixed: id of every token that does not depend on the codes, -1 where a code stands.
       role: index into `ROLES`.
-      level, row, column: codebook and place of a code; -1 elsewhere.
+      level, frame, row, column: codebook and place of a code; -1 elsewhere.
     """
 
     fixed: Int[np.ndarray, " tokens"]
     role: Int[np.ndarray, " tokens"]
     level: Int[np.ndarray, " tokens"]
+    frame: Int[np.ndarray, " tokens"]
     row: Int[np.ndarray, " tokens"]
     column: Int[np.ndarray, " tokens"]
 
@@ -58,12 +72,13 @@ class Template:
 
     @functools.cached_property
     def places(self) -> tuple[Int[np.ndarray, " codes"], ...]:
-        """(level, row, column) of each code, in the order in which they are written."""
-        return self.level[self.is_code], self.row[self.is_code], self.column[self.is_code]
+        """(level, frame, row, column) of each code, in the order in which they are written."""
+        return tuple(each[self.is_code] for each in (self.level, self.frame, self.row, self.column))
 
 
-# Bounds for declarations that come with files from elsewhere: codes of a span, and sizes in one range of them.
-LARGEST, LARGEST_FAMILY = 1 << 20, 1 << 14
+# Bounds for declarations that come with files from elsewhere: codes of a span, sizes in one range of them, and frames
+# in a second.
+LARGEST, LARGEST_FAMILY, FASTEST = 1 << 20, 1 << 14, 240
 
 
 class SpanLayout:
@@ -73,13 +88,23 @@ class SpanLayout:
     `{"rows", "columns", "prefix"}`; `columns` may be `{"min", "max"}`), and optionally `begin` (tokens between size and
     codes), `row_end`, `last_row_end` (default true: the last row is ended too), `delays`.
 
+    The shapes of videos, and they alone, also have `frames`, frames of codes, which may be the range in place of
+    `columns`. Optional keys of theirs are `frame_begin` and `frame_end`, tokens around every frame, and `frame_rate`.
+
+    Attributes:
+      has_frames: whether this is a video's layout.
+      frame_rate: frames of pixels, not of codes, in a second of video; None where the declaration does not say. It is
+        declared here since it is part of what the codes mean: a model that learned 8 frames a second reads others
+        wrongly, and in the declaration it is covered by the hash that shards and weights are compared by.
+
     Raises:
       OmniError: for an unknown key, an unknown token or block, or sizes that are not positive.
     """
 
     def __init__(self, name: str, declaration: dict, vocabulary: Vocabulary):
         self.name = name
-        _check_keys(declaration, _KEYS, required={"codebooks", "open", "close", "shapes"}, where=f"modality '{name}'")
+        required = {"codebooks", "open", "close", "shapes"}
+        _check_keys(declaration, _KEYS | _VIDEO_KEYS, required=required, where=f"modality '{name}'")
 
         def ids(symbols) -> tuple[int, ...]:
             return tuple(s if isinstance(s, int) else vocabulary.token(s) for s in symbols)
@@ -88,7 +113,10 @@ class SpanLayout:
         self.tables = [vocabulary.block(block) for block in self.codebooks]
         self.open, self.close = ids(declaration["open"]), ids(declaration["close"])
         self.begin = ids(declaration.get("begin", ()))
-        self.row_end = ids([declaration["row_end"]]) if declaration.get("row_end") is not None else ()
+        self.row_end, self.frame_begin, self.frame_end = (
+            ids([declaration[key]]) if declaration.get(key) is not None else ()
+            for key in ("row_end", "frame_begin", "frame_end")
+        )
         self.last_row_end = declaration.get("last_row_end", True)
         self.delays = tuple(declaration.get("delays", (0,) * len(self.codebooks)))
         if not self.open or not self.close or not self.codebooks:
@@ -96,18 +124,34 @@ class SpanLayout:
         if len(self.delays) != len(self.codebooks) or min(self.delays) != 0:
             raise OmniError(f"grammar: modality '{name}' needs a delay for each codebook, the smallest of them 0")
         self.families = [self._family(entry, ids) for entry in declaration["shapes"]]
-        self.shapes = {(s.rows, s.columns): s for family in self.families for s in family}
+        self.shapes = {shape.size: shape for family in self.families for shape in family}
         if len(self.shapes) != sum(map(len, self.families)) or not self.shapes:
             raise OmniError(f"grammar: modality '{name}' declares no size, or one size twice")
+        self.has_frames = len(next(iter(self.shapes))) == 3
+        self.frame_rate = self._frame_rate(declaration)
+
+    def _frame_rate(self, declaration: dict) -> float | None:
+        """The declared rate; also refuses what only videos have where shapes have no frames, and frames in some."""
+        if any(len(size) != 2 + self.has_frames for size in self.shapes):
+            raise OmniError(f"grammar: modality '{self.name}' has sizes with frames and sizes without")
+        if not self.has_frames and (foreign := _VIDEO_KEYS & set(declaration)):
+            raise OmniError(f"grammar: modality '{self.name}' has {sorted(foreign)}, but no frames in its shapes")
+        rate = declaration.get("frame_rate")
+        if rate is not None and not 0 < rate <= FASTEST:
+            raise OmniError(f"grammar: modality '{self.name}' has a frame rate of {rate}; it is above 0, to {FASTEST}")
+        return None if rate is None else float(rate)
 
     def _family(self, entry: dict, ids) -> list[Shape]:
         """The shapes of one entry of `shapes`: one, or a range of lengths that share one prefix."""
         _check_keys(entry, _SHAPE_KEYS, required={"columns"}, where=f"a shape of modality '{self.name}'")
-        rows, columns = entry.get("rows", 1), entry["columns"]
-        low, high = (columns["min"], columns["max"]) if isinstance(columns, dict) else (columns, columns)
-        if not (rows >= 1 and 1 <= low <= high and rows * high <= LARGEST and high - low < LARGEST_FAMILY):
-            raise OmniError(f"grammar: modality '{self.name}' has a size of {rows} x {low}..{high}")
-        return [Shape(rows, c, ids(entry.get("prefix", ()))) for c in range(low, high + 1)]
+        axes = ("frames", "rows", "columns") if "frames" in entry else ("rows", "columns")
+        sides = [_side(entry.get(axis, 1), may_vary=axis != "rows") for axis in axes]
+        lowest, largest = (tuple(ends) for ends in zip(*sides, strict=True))
+        fits = math.prod(largest) <= LARGEST and sum(low < high for low, high in sides) <= 1
+        if not fits or not all(1 <= low <= high < low + LARGEST_FAMILY for low, high in sides):
+            raise OmniError(f"grammar: modality '{self.name}' has a size of {_in_words(lowest, largest)}")
+        sizes = itertools.product(*(range(low, high + 1) for low, high in sides))
+        return [Shape(size, ids(entry.get("prefix", ()))) for size in sizes]
 
     def row(self, row: int, columns: int, first_step: int = 0) -> Iterator[tuple[int, int, int]]:
         """(level, row, column) of the codes of a row, in writing order, from step `first_step` on."""
@@ -116,29 +160,44 @@ class SpanLayout:
                 if 0 <= step - delay < columns:
                     yield level, row, step - delay
 
-    def symbols(self, shape: Shape) -> Iterator[tuple[int, int, int, int, int]]:
-        """(fixed id or -1, role, level, row, column) of every token of a span."""
-        for token in self.open:
-            yield token, BOUNDARY, -1, -1, -1
-        for token in shape.prefix:
-            yield token, SIZE, -1, -1, -1
-        for token in self.begin:
-            yield token, BOUNDARY, -1, -1, -1
-        for row in range(shape.rows):
-            for level, _, column in self.row(row, shape.columns):
-                yield -1, CODE, level, row, column
-            if row < shape.rows - 1 or self.last_row_end:
-                for token in self.row_end:
-                    yield token, ROW_END, -1, row, -1
-        for token in self.close:
-            yield token, BOUNDARY, -1, -1, -1
+    def opening(self, shape: Shape) -> Iterator[Symbol]:
+        """The tokens before the codes."""
+        for tokens, role in ((self.open, BOUNDARY), (shape.prefix, SIZE), (self.begin, BOUNDARY)):
+            yield from _fixed(tokens, role)
+
+    def frame(self, frame: int, shape: Shape) -> Iterator[Symbol]:
+        """The tokens of one frame: all codes of what is no video."""
+        _, rows, columns = shape.grid
+        yield from _fixed(self.frame_begin, FRAME_BOUNDARY)
+        for row in range(rows):
+            for level, _, column in self.row(row, columns):
+                yield -1, CODE, level, frame, row, column
+            if row < rows - 1 or self.last_row_end:
+                yield from _fixed(self.row_end, ROW_END, row)
+        yield from _fixed(self.frame_end, FRAME_BOUNDARY)
+
+    def closing(self) -> Iterator[Symbol]:
+        """The tokens after the codes."""
+        return _fixed(self.close, BOUNDARY)
+
+    def symbols(self, shape: Shape) -> Iterator[Symbol]:
+        """Every token of a span."""
+        yield from self.opening(shape)
+        for frame in range(shape.grid[0]):
+            yield from self.frame(frame, shape)
+        yield from self.closing()
 
     @functools.cache  # noqa: B019  (a layout lives as long as its grammar)
-    def template(self, rows: int, columns: int) -> Template:
-        """The tokens of a span of this size; `OmniError` if the grammar does not allow it."""
-        shape = self.shapes.get((rows, columns))
+    def template(self, *size: int) -> Template:
+        """The tokens of a span of this size, (rows, columns) or (frames, rows, columns).
+
+        Raises:
+          OmniError: if the grammar does not allow it.
+        """
+        shape = self.shapes.get(size)
         if shape is None:
-            raise OmniError(f"the grammar writes no {self.name} of {rows} x {columns} codes; it knows {self.sizes()}")
+            words = _in_words(size, size)
+            raise OmniError(f"the grammar writes no {self.name} of {words} codes; it knows {self.sizes()}")
         return Template(*np.array(list(self.symbols(shape)), np.int32).T)
 
     @functools.cached_property
@@ -146,19 +205,36 @@ class SpanLayout:
         """Shapes by the number of tokens of the whole span."""
         lengths: dict[int, list[Shape]] = {}
         for shape in self.shapes.values():
-            ends = (shape.rows if self.last_row_end else shape.rows - 1) * len(self.row_end)
-            codes = len(self.codebooks) * shape.rows * shape.columns
             fixed = len(self.open) + len(shape.prefix) + len(self.begin) + len(self.close)
-            lengths.setdefault(fixed + codes + ends, []).append(shape)
+            lengths.setdefault(fixed + shape.grid[0] * self.frame_length(shape), []).append(shape)
         return lengths
+
+    def frame_length(self, shape: Shape) -> int:
+        """Number of tokens of a frame."""
+        _, rows, columns = shape.grid
+        ends = (rows if self.last_row_end else rows - 1) * len(self.row_end)
+        return len(self.frame_begin) + len(self.codebooks) * rows * columns + ends + len(self.frame_end)
 
     def sizes(self) -> str:
         """The allowed sizes in words, for messages."""
-        families = [
-            f"{f[0].rows} x {f[0].columns}" + (f"..{f[-1].columns}" if len(f) > 1 else "")
-            for f in itertools.islice(self.families, 6)
-        ]
+        families = [_in_words(f[0].size, f[-1].size) for f in itertools.islice(self.families, 6)]
         return ", ".join(families) + (", ..." if len(self.families) > 6 else "")
+
+
+def _fixed(tokens: tuple[int, ...], role: int, row: int = -1) -> Iterator[Symbol]:
+    """Tokens that do not depend on the codes."""
+    for token in tokens:
+        yield token, role, -1, -1, row, -1
+
+
+def _side(declared, *, may_vary: bool) -> tuple[int, int]:
+    """Smallest and largest length of a side, which is a number or `{"min", "max"}`."""
+    return (declared["min"], declared["max"]) if may_vary and isinstance(declared, dict) else (declared, declared)
+
+
+def _in_words(lowest: tuple[int, ...], largest: tuple[int, ...]) -> str:
+    """A size, or a range of sizes: 2 x 3..5."""
+    return " x ".join(f"{a}" if a == b else f"{a}..{b}" for a, b in zip(lowest, largest, strict=True))
 
 
 def _check_keys(declaration: dict, known: set[str], required: set[str], where: str) -> None:

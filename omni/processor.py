@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from omni.grammar import Grammar, Span, Tokens
-from omni.parts import Audio, Image, Part, Text
+from omni.parts import Audio, Image, Part, Text, Video
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.codes import Codes
 from omni_tokenizers.errors import OmniError
@@ -42,16 +42,27 @@ class Processor:
             )
         return self.tokenizers[modality]
 
+    @property
+    def frame_rate(self) -> float | None:
+        """Frames a second of the videos that the model reads and writes; None where it knows none, or no rate."""
+        layout = self.grammar.layouts.get("video")
+        return layout.frame_rate if layout else None
+
     # Parts to ids
 
     def spans(self, documents: Sequence[Sequence[Part]]) -> list[list[Span]]:
-        """Codes of the parts of several documents; pictures and sounds of all of them are tokenized together."""
+        """Codes of the parts of several documents.
+
+        Pictures and sounds of all of them are tokenized together, videos one by one: they are large, and of many
+        lengths.
+        """
         flat = [part for document in documents for part in document]
         spans: list[Span | None] = [None] * len(flat)
         encoders = {
             "text": self._encode_text,
             "image": self._encode_images,
             "audio": self._encode_audio,
+            "video": self._encode_videos,
         }
         for modality, encode in encoders.items():
             places = [i for i, part in enumerate(flat) if part.modality == modality]
@@ -97,6 +108,24 @@ class Processor:
         frames = -(-lengths // step)
         return [item[:, None, :n] for item, n in zip(codes, frames, strict=True)]
 
+    def _encode_videos(self, parts: Sequence[Video]) -> list[Int[np.ndarray, "1 frames rows columns"]]:
+        tokenizer, rate = self.tokenizer("video"), self._declared_rate()
+        size, step = tokenizer.config.image_size, tokenizer.config.strides[0]
+        most = step * max(frames for frames, _, _ in self.grammar.layouts["video"].shapes)
+        codes = []
+        for part in parts:
+            if part.seconds * rate >= most:  # some tokenizers take a little less, which the grammar finds
+                limit = f"{most} frames at {rate:g} a second"
+                raise OmniError(f"a video of {part.seconds:.2f} s is too long: this model takes at most {limit}")
+            frames = part.resample(rate).resize_crop(size, size).frames
+            codes.append(np.asarray(tokenizer.encode(frames[None])))  # a batch of one stands for the only codebook
+        return codes
+
+    def _declared_rate(self) -> float:
+        if self.frame_rate is None:
+            raise OmniError('grammar: "video" needs a "frame_rate", frames a second, to read and write videos')
+        return self.frame_rate
+
     # Ids to parts
 
     def parts(self, documents: Sequence[Sequence[Span]]) -> list[list[Part]]:
@@ -107,6 +136,7 @@ class Processor:
             "text": self._decode_text,
             "image": self._decode_images,
             "audio": self._decode_audio,
+            "video": self._decode_videos,
         }
         for modality, decode in decoders.items():
             places = [i for i, span in enumerate(flat) if span.modality == modality]
@@ -138,3 +168,7 @@ class Processor:
             Audio(clip[:, :length], tokenizer.sample_rate, context=span.context)
             for clip, length, span in zip(samples, lengths, spans, strict=True)
         ]
+
+    def _decode_videos(self, spans: Sequence[Span]) -> list[Video]:
+        tokenizer, rate = self.tokenizer("video"), self._declared_rate()
+        return [Video.at_rate(tokenizer.decode(span.codes)[0], rate, context=span.context) for span in spans]

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from omni.grammar import Grammar, GrammarError, Span
-from omni.parts import Audio, Image, Part, Text
+from omni.parts import Audio, Image, Part, Text, Video
 from omni.processor import Processor
 from omni_tokenizers.errors import OmniError
 
@@ -47,8 +47,13 @@ class Reply:
         """The sounds, in order."""
         return [part for part in self.parts if isinstance(part, Audio)]
 
+    @property
+    def videos(self) -> list[Video]:
+        """The videos, in order."""
+        return [part for part in self.parts if isinstance(part, Video)]
+
     def save(self, directory: str | Path) -> list[Path]:
-        """Writes each part to a file numbered by its place (`1.txt`, `2.png`, `3.wav`); returns the paths.
+        """Writes each part to a file numbered by its place (`1.txt`, `2.png`, `3.wav`, `4.mp4`); returns the paths.
 
         Raises:
           OmniError: if a file cannot be written.
@@ -58,7 +63,7 @@ class Reply:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OmniError(f"{directory}: cannot be made a directory ({error.strerror})") from None
-        endings = {"text": "txt", "image": "png", "audio": "wav"}
+        endings = {"text": "txt", "image": "png", "audio": "wav", "video": "mp4"}
         paths = []
         for place, part in enumerate(self.parts, start=1):
             paths.append(directory / f"{place}.{endings[part.modality]}")
@@ -118,7 +123,7 @@ def reply_spans(grammar: Grammar, ids: Int[np.ndarray, " tokens"]) -> list[Span]
 
 
 def events(processor: Processor, increments: Iterator[Int[np.ndarray, " tokens"]]) -> Iterator[Event]:
-    """Events of one reply from the ids as they come: text in pieces, pictures and sounds whole, in order."""
+    """Events of one reply from the ids as they come: text in pieces, other parts whole, in order."""
     grammar = processor.grammar
     ids = np.zeros(0, np.int32)
     announced, shown = 0, ""

@@ -15,7 +15,7 @@ from etils import epath
 from jaxtyping import Float, UInt8
 
 import omni_tokenizers
-from omni.parts import Audio, Image, Part, Text, read_part
+from omni.parts import Audio, Image, Part, Text, Video, read_part
 from omni_tokenizers.base import DESCRIPTION
 from omni_tokenizers.codes import as_codes, codebook_use
 from omni_tokenizers.errors import OmniError, UsageError
@@ -24,6 +24,8 @@ _BESIDES = ("lengths", "scales", "sizes")
 """What `Codes` may hold besides ids."""
 _MOST_PIXELS = 2048 * 2048
 """Of a picture that goes through a net as it is: some 2 GB in a layer of 128 channels."""
+_MOST_VIDEO_PIXELS = 16 * _MOST_PIXELS
+"""Of all frames of a video, which is encoded as a whole: 200 MB; nets see a few frames at a time."""
 _FEW_PICTURES = 10_000
 """Below which a Fréchet distance says little."""
 
@@ -69,34 +71,46 @@ def export_tokenizer(source: str, directory: Path, *, file_format: str, dtype: s
         tokenizer.save(directory, dtype=dtype)
 
 
+def modalities(tokenizer) -> tuple[str, ...]:
+    """What a tokenizer takes: its modality, and videos where its pictures may have an axis of time, as Emu3's."""
+    axes = [names for names, _ in getattr(tokenizer, "axes", ())]
+    return (tokenizer.modality, "video") if ("time", "height", "width") in axes else (tokenizer.modality,)
+
+
 def encode_part(directory: str, part: Part) -> dict:
     """Codes of one part as JSON: "modality", "codes", and what `Codes` holds besides for their exact decoding.
 
-    That is `lengths` in samples, `scales`, and `sizes` (height, width).
+    That is `lengths` in samples, `scales`, and `sizes`: (height, width), of a video (time, height, width). A video has
+    its "timestamps" in seconds, too, which no tokenizer knows of.
     """
     tokenizer = omni_tokenizers.load(directory)
-    if part.modality != tokenizer.modality:
+    if part.modality not in modalities(tokenizer):
         raise UsageError(f"{directory} is a tokenizer of {tokenizer.modality}; it was given {part.modality}")
     if isinstance(part, Text):
         return {"modality": "text", "codes": np.asarray(tokenizer.encode(part.text)).tolist()}
     codes = tokenizer.encode(prepared(tokenizer, [part])[0][None])
     besides = {name: getattr(codes, name) for name in _BESIDES}
+    besides["timestamps"] = part.timestamps if isinstance(part, Video) else None
     return {"modality": part.modality, "codes": np.asarray(codes).tolist()} | {
         name: np.asarray(value).tolist() for name, value in besides.items() if value is not None
     }
 
 
-def prepared(tokenizer, parts: Sequence[Image | Audio], *, same_size: bool = False) -> list[np.ndarray]:
+def prepared(tokenizer, parts: Sequence[Image | Audio | Video], *, same_size: bool = False) -> list[np.ndarray]:
     """Each part's array as the tokenizer takes it: pixels, or samples at its rate; what that changes is said once.
+
+    A tokenizer of pictures that takes videos, too, is given parts of one of them.
 
     Args:
         same_size: scale and crop pictures to the tokenizer's own size even where it takes any.
     Raises:
-        OmniError: a picture that is too large to go through a net as it is.
+        OmniError: a picture or a video that is too large to go through a net as it is.
     """
     changes: collections.Counter[str] = collections.Counter()
     if tokenizer.modality == "audio":
         arrays = [_samples(tokenizer, part, changes) for part in parts]
+    elif all(isinstance(part, Video) for part in parts):
+        arrays = [_frames(part, None if tokenizer.takes_any_size else tokenizer.image_size, changes) for part in parts]
     else:
         side = tokenizer.image_size if same_size or not tokenizer.takes_any_size else None
         arrays = [_pixels(part, side, changes) for part in parts]
@@ -125,11 +139,25 @@ def _pixels(part: Image, side: int | None, changes: collections.Counter[str]) ->
     return part.pixels
 
 
-def _check_size(height: int, width: int) -> None:
-    """An OmniError for a picture that would not fit the memory of most machines."""
+def _frames(part: Video, side: int | None, changes: collections.Counter[str]) -> UInt8[np.ndarray, "time h w 3"]:
+    if side is not None:
+        if (part.height, part.width) != (side, side):
+            changes[f"videos are scaled and cropped to {side}x{side} pixels"] += 1
+        part = part.resize_crop(side, side)
+    _check_size(part.height, part.width, len(part.frames))
+    return part.frames
+
+
+def _check_size(height: int, width: int, frames: int = 1) -> None:
+    """An OmniError for a picture or a video that would not fit the memory of most machines."""
     if int(height) * int(width) > _MOST_PIXELS:
         raise OmniError(
             f"{width}x{height} pixels are more than {_MOST_PIXELS / 1e6:.1f} million: scale the picture down"
+        )
+    if int(height) * int(width) * int(frames) > _MOST_VIDEO_PIXELS:
+        most = f"{_MOST_VIDEO_PIXELS / 1e6:.0f} million pixels"
+        raise OmniError(
+            f"{frames} frames of {width}x{height} are more than {most}: cut the video, scale it, lower its fps"
         )
 
 
@@ -141,66 +169,80 @@ def decode_to_file(directory: str, codes: str, output: str) -> None:
         UsageError: no such file, codes of another modality, or an output whose extension is not known.
     """
     tokenizer = omni_tokenizers.load(directory)
-    modality, found = _read_codes(codes)
-    if modality not in (None, tokenizer.modality):
+    modality, found, timestamps = _read_codes(codes)
+    if modality not in (None, *modalities(tokenizer)):
         raise UsageError(f"{codes} holds codes of {modality}; {directory} is a tokenizer of {tokenizer.modality}")
     try:
-        part = _decoded(tokenizer, found)
+        part = _decoded(tokenizer, found, timestamps)
     except OmniError as error:
         raise OmniError(f"{codes}: {error}") from None
     part.save(output)
 
 
-def _read_codes(path: str) -> tuple[str | None, omni_tokenizers.Codes]:
-    """The modality that a file of codes names, if any, and its arrays as they stand there."""
+def _read_codes(path: str) -> tuple[str | None, omni_tokenizers.Codes, list | None]:
+    """The modality that a file of codes names, if any, its arrays as they stand there, and a video's time stamps."""
     try:
         entry = json.loads(sys.stdin.read() if path == "-" else Path(path).read_text())
         besides = {name: np.asarray(entry[name]) for name in _BESIDES if entry.get(name) is not None}
-        return entry.get("modality"), omni_tokenizers.Codes(np.asarray(entry["codes"]), **besides)
+        codes = omni_tokenizers.Codes(np.asarray(entry["codes"]), **besides)
+        return entry.get("modality"), codes, entry.get("timestamps")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise OmniError(f"{path}: not codes written by omni tokenizer encode ({error})") from None
 
 
-def _decoded(tokenizer, codes: omni_tokenizers.Codes) -> Part:
+def _decoded(tokenizer, codes: omni_tokenizers.Codes, timestamps: list | None = None) -> Part:
     if tokenizer.modality == "text":
         return Text(tokenizer.decode(as_codes(codes, axes=("length",), size=tokenizer.vocabulary_size)))
     if codes.ids.ndim and len(codes) != 1:
         raise OmniError(f"codes of {len(codes)} parts, of which a file holds one")
     if tokenizer.modality == "audio":
         return Audio(tokenizer.decode(codes)[0], tokenizer.sample_rate)
-    if codes.ids.ndim > 3:
-        raise OmniError("codes of a video, which can be decoded in Python alone so far")
-    if tokenizer.takes_any_size and codes.ids.ndim == 3:
-        _check_size(*np.multiply(codes.shape[1:], tokenizer.config.strides[-2:]))
-    return Image(tokenizer.decode(codes)[0])
+    if codes.ids.ndim > 3 and "video" not in modalities(tokenizer):
+        raise OmniError("codes of a video, of a tokenizer of pictures alone")
+    if tokenizer.takes_any_size and codes.ids.ndim in (3, 4):
+        frames, height, width = np.multiply((1, *codes.shape[1:])[-3:], (1, *tokenizer.config.strides)[-3:])
+        _check_size(height, width, frames)
+    pixels = tokenizer.decode(codes)[0]
+    return Image(pixels) if pixels.ndim == 3 else Video(pixels, timestamps)
 
 
 def evaluate_files(
-    directory: str, files: Sequence[str], *, lpips_weights: str | None = None, inception_weights: str | None = None
+    directory: str,
+    files: Sequence[str],
+    *,
+    fps: float | None = None,
+    lpips_weights: str | None = None,
+    inception_weights: str | None = None,
 ) -> dict:
     """Reconstruction quality over files and codebook usage: PSNR, SSIM, MS-SSIM; mel distance, SI-SDR, STOI, PESQ.
 
-    What cannot be measured (a package is missing, pictures are small, nothing is said) is None, and the log says why.
+    Videos are measured frame by frame. What cannot be measured (a package is missing, pictures are small, nothing is
+    said) is None, and the log says why.
 
     Args:
+        fps: frames a second that are taken of videos; default: all frames.
         lpips_weights: safetensors file of LPIPS (see `PerceptualDistance`); with it, LPIPS of pictures.
         inception_weights: safetensors file of Inception v3 (see `InceptionFeatures`); with it, rFID of pictures: the
             Fréchet distance of reconstructions from originals.
     Raises:
-        UsageError: files of another modality, or weights with a tokenizer that has nothing to do with pictures.
+        UsageError: files of another modality, or weights with files that hold no pictures.
         OmniError: damaged files or weights.
     """
     tokenizer = omni_tokenizers.load(directory)
     if tokenizer.modality == "text":
-        raise UsageError(f"{directory} is a tokenizer of text, which is exact; eval measures pictures and sound")
-    parts = [read_part(file) for file in files]
+        raise UsageError(f"{directory} is a tokenizer of text, which is exact; eval measures pictures, sound and video")
+    parts = [read_part(file, fps) for file in files]
     for file, part in zip(files, parts, strict=True):
-        if part.modality != tokenizer.modality:
+        if part.modality not in modalities(tokenizer):
             raise UsageError(f"{file} holds {part.modality}; {directory} is a tokenizer of {tokenizer.modality}")
-    if tokenizer.modality != "image" and (lpips_weights or inception_weights):
-        raise UsageError(f"LPIPS and rFID compare pictures; {directory} is a tokenizer of {tokenizer.modality}")
+        if part.modality != parts[0].modality:
+            raise UsageError(f"{file} holds {part.modality}, {files[0]} {parts[0].modality}; measure them apart")
+    if parts[0].modality != "image" and (lpips_weights or inception_weights):
+        raise UsageError(f"LPIPS and rFID compare pictures; {files[0]} holds {parts[0].modality}")
+    if isinstance(parts[0], Video):
+        return _evaluate_videos(tokenizer, prepared(tokenizer, parts), files)
     arrays = prepared(tokenizer, parts, same_size=True)
     return (
         _evaluate_images(tokenizer, np.stack(arrays), lpips_weights, inception_weights)
@@ -224,6 +266,42 @@ def _evaluate_images(
     if inception_weights:
         quality |= _rfid(inception_weights, pixels, decoded)
     return {"pictures": len(pixels), **quality, **use}
+
+
+def _evaluate_videos(tokenizer, videos: list[UInt8[np.ndarray, "time height width 3"]], files: Sequence[str]) -> dict:
+    """Means over all frames of all videos, and the measures of each frame by file."""
+    from omni_tokenizers import image_metrics
+
+    codes = [tokenizer.encode(frames[None]) for frames in videos]
+    pairs = [(frames, tokenizer.decode(each)[0]) for frames, each in zip(videos, codes, strict=True)]
+    every = np.concatenate([np.asarray(each).ravel() for each in codes])
+    by_frame = {
+        name: {
+            file: _measured_frames(getattr(image_metrics, name), *pair) for file, pair in zip(files, pairs, strict=True)
+        }
+        for name in ("psnr", "ssim", "ms_ssim")
+    }
+    quality = {name: _mean([x for values in found.values() for x in values]) for name, found in by_frame.items()}
+    use = codebook_use(every, tokenizer.codebook_sizes[0])
+    return {"videos": len(videos), "frames": sum(map(len, videos)), **quality, **use, "by_frame": by_frame}
+
+
+def _measured_frames(measure: Callable[..., float], frames, decoded) -> list[float | None]:
+    """A measure of each frame; all None, which is said once, where it cannot be measured."""
+    try:
+        values = [measure(a[None], b[None]) for a, b in zip(frames, decoded, strict=True)]
+    except OmniError as error:
+        logger.warning("not measured: %s", error)
+        return [None] * len(frames)
+    if lossless := sum(map(math.isinf, values)):
+        logger.warning("not measured: %s of %d frames, in which nothing was lost", measure.__name__, lossless)
+    return [value if math.isfinite(value) else None for value in values]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """The mean of what could be measured; None where there is none."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _lpips(path: str, pixels: UInt8[np.ndarray, "n height width 3"], decoded: np.ndarray) -> dict:

@@ -1,5 +1,6 @@
 """The grammar: packer, parser and state machine come from one declaration and must tell the same story."""
 
+import hashlib
 import itertools
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni.grammar import Grammar, GrammarError, Span
-from omni.layout import CODE
+from omni.layout import CODE, ROLES
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.errors import OmniError
 
@@ -27,10 +28,14 @@ SPECIAL = [
     "</a>",
     "<v>",
     "</v>",
+    "<f>",
+    "</f>",
 ]
+KEPT = ("next_state", "cost", "role", "modality", "level", "row", "column", "offset", "closed", "minimum")
 CONTROL = {"bos": "<bos>", "turn": "<turn>", "eos": "<eos>", "pad": "<pad>"}
 FRAMES = {"codebooks": ["a0", "a1", "a2"], "open": ["<a>"], "close": ["</a>"]}
 GRID = {"codebooks": ["image"], "open": ["<i>"], "close": ["</i>"]}
+VIDEO = {"codebooks": ["image"], "open": ["<v>"], "close": ["</v>"]}
 
 LAYOUTS = {
     "fixed count": GRID | {"shapes": [{"columns": 4}]},
@@ -60,6 +65,26 @@ LAYOUTS = {
         "delays": [1, 0],
         "shapes": [{"rows": 2, "columns": 3, "prefix": ["<2>"]}, {"rows": 3, "columns": 2, "prefix": ["<3>"]}],
     },
+    "video": VIDEO | {"shapes": [{"frames": 3, "rows": 2, "columns": 2}]},
+    "video of any length": VIDEO | {"shapes": [{"frames": {"min": 2, "max": 4}, "rows": 2, "columns": 2}]},
+    "frame ends and row ends": VIDEO
+    | {"row_end": "<row>", "frame_end": "</f>", "shapes": [{"frames": {"min": 1, "max": 3}, "rows": 2, "columns": 2}]},
+    "frames begin, sizes first, books delayed": FRAMES
+    | {
+        "begin": ["<go>"],
+        "close": ["</f>", "</a>"],
+        "frame_begin": "<f>",
+        "frame_end": "</f>",
+        "row_end": "<row>",
+        "last_row_end": False,
+        "delays": [0, 1, 1],
+        "shapes": [
+            {"frames": {"min": 1, "max": 3}, "rows": 2, "columns": 2, "prefix": ["<2>"]},
+            {"frames": 2, "rows": 1, "columns": {"min": 1, "max": 3}, "prefix": ["<3>"]},
+            {"frames": 1, "rows": 1, "columns": {"min": 2, "max": 4}, "prefix": ["<2>", "<3>"]},
+        ],
+    },
+    "videos of one row": VIDEO | {"frame_end": "</f>", "shapes": [{"frames": {"min": 1, "max": 3}, "columns": 2}]},
 }
 
 
@@ -168,8 +193,8 @@ def could_follow(grammar: Grammar, head: list[int], offset: int, token: int, sta
         return token in starts | {layout.open[0] for layout in grammar.layouts.values()}
     run = [*head[len(head) - 1 - offset :], token]
     for layout in grammar.layouts.values():
-        for rows, columns in layout.shapes:
-            template = layout.template(rows, columns)
+        for size in layout.shapes:
+            template = layout.template(*size)
             if len(template.fixed) >= len(run) and all(
                 ident in layout.tables[template.level[i]] if template.role[i] == CODE else ident == template.fixed[i]
                 for i, ident in enumerate(run)
@@ -221,6 +246,35 @@ def test_positions_count_rows_and_columns_inside_a_grid_only():
     )
 
 
+def test_positions_of_a_video_count_rows_and_columns_inside_each_frame():
+    """A place of the picture has the same row and column in every frame, one frame's tokens of time apart."""
+    grammar = GRAMMARS["frame ends and row ends"]
+    tokens = grammar.pack([Span("thing", np.zeros((1, 3, 2, 2), np.int32))])
+    positions = grammar.positions(tokens.states, np.arange(len(tokens.ids)))
+    codes = grammar.tables.role[tokens.states] == CODE
+    opened, of_a_frame = 2, 2 * 2 + 2 + 1  # bos and turn come first; codes, row ends, frame end
+    assert (positions[:, 0] == np.arange(len(tokens.ids))).all()
+    assert (positions[codes][:, 1] - opened).tolist() == [0, 0, 1, 1] * 3
+    assert (positions[codes][:, 2] - opened).tolist() == [0, 1, 0, 1] * 3
+    assert (np.diff(positions[codes][::4, 0]) == of_a_frame).all()
+    ends = positions[grammar.tables.role[tokens.states] == ROLES.index("frame_boundary")]
+    assert len(ends) == 3 and (ends == ends[:, :1]).all()
+    flat = GRAMMARS["videos of one row"]
+    tokens = flat.pack([Span("thing", np.zeros((1, 2, 1, 2), np.int32))])
+    positions = flat.positions(tokens.states, np.arange(len(tokens.ids)))
+    assert (positions[flat.tables.role[tokens.states] == CODE][:, 2] - opened).tolist() == [0, 1, 0, 1]
+
+
+def test_order_of_a_video_is_frame_row_column():
+    """Codes numbered in the order of their array come out counting up, a frame's tokens around each frame."""
+    grammar = GRAMMARS["frame ends and row ends"]
+    ids = grammar.span_ids(Span("thing", np.arange(8).reshape(1, 2, 2, 2)))
+    special, block = grammar.vocabulary.special, grammar.vocabulary.block("image")
+    row, end = special["<row>"], special["</f>"]
+    first, second = ([block[c], block[c + 1], row, block[c + 2], block[c + 3], row, end] for c in (0, 4))
+    assert ids.tolist() == [special["<v>"], *first, *second, special["</v>"]]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -245,7 +299,24 @@ def test_parser_says_where_ids_go_wrong(damage, message):
         (GRID | {"shapes": [{"columns": 4}], "close": ["<i>"], "open": ["<bos>", "<i>"]}, None),
         (GRID | {"shapes": [{"columns": 4}], "codebooks": ["nothing"]}, "no block 'nothing'"),
         (GRID | {"shapes": [{"columns": 4}], "open": ["<nothing>"]}, "no special token"),
-        (GRID | {"shapes": [{"columns": 0}]}, "0..0"),
+        (GRID | {"shapes": [{"columns": 0}]}, "1 x 0"),
+        (VIDEO | {"shapes": [{"frames": 0, "columns": 2}]}, "0 x 1 x 2"),
+        (VIDEO | {"shapes": [{"frames": {"min": 3, "max": 2}, "columns": 2}]}, r"3\.\.2 x 1 x 2"),
+        (
+            VIDEO | {"shapes": [{"frames": {"min": 1, "max": 2}, "columns": {"min": 1, "max": 2}}]},
+            r"1\.\.2 x 1 x 1\.\.2",
+        ),
+        (VIDEO | {"shapes": [{"frames": 1 << 15, "rows": 8, "columns": 8}]}, "32768 x 8 x 8"),
+        (VIDEO | {"shapes": [{"frames": {"min": 1, "max": 1 << 15}, "columns": 1}]}, r"1\.\.32768 x 1 x 1"),
+        (VIDEO | {"shapes": [{"frames": 2, "columns": 2}, {"columns": 2}]}, "with frames and sizes without"),
+        (GRID | {"shapes": [{"columns": 2}], "frame_end": "</f>"}, "frame_end"),
+        (VIDEO | {"shapes": [{"frames": 2, "columns": 2}], "frame_rate": 0}, "frame rate of 0"),
+        (VIDEO | {"shapes": [{"frames": 2, "columns": 2}], "frame_rate": float("nan")}, "frame rate of nan"),
+        (VIDEO | {"shapes": [{"frames": 2, "columns": 2}], "frame_rate": "fast"}, "not a declaration"),
+        (
+            VIDEO | {"shapes": [{"frames": {"min": 1, "max": 2}, "columns": 4}, {"frames": 1, "columns": 8}]},
+            "different",
+        ),
         (GRID | {"shapes": []}, "no size"),
         (GRID | {"shapes": [{"columns": 4}], "rowend": "<row>"}, "unknown key"),
         (FRAMES | {"shapes": [{"columns": 4}], "delays": [0]}, "a delay for each codebook"),
@@ -268,6 +339,10 @@ def test_sizes_and_codes_outside_the_grammar_are_refused():
         GRAMMARS["grid"].pack([Span("thing", np.zeros((1, 5, 5), np.int32))])
     with pytest.raises(OmniError, match="run from 8 to 8"):
         GRAMMARS["grid"].pack([Span("thing", np.full((1, 2, 3), 8))])
+    with pytest.raises(OmniError, match=r"writes no thing of 5 x 2 x 2 codes; it knows 2\.\.4 x 2 x 2"):
+        GRAMMARS["video of any length"].pack([Span("thing", np.zeros((1, 5, 2, 2), np.int32))])
+    with pytest.raises(OmniError, match=r"\[1, frames, rows, columns\]"):
+        GRAMMARS["video of any length"].pack([Span("thing", np.zeros((1, 2, 2), np.int32))])
     with pytest.raises(OmniError, match="unknown modality 'smell'"):
         GRAMMARS["grid"].pack([Span("smell", np.zeros((1, 2, 3), np.int32))])
 
@@ -277,6 +352,19 @@ def test_mixed_modalities_and_json_round_trip():
     assert again.hash == MIXED.hash and again.vocabulary.hash == MIXED.vocabulary.hash
     np.testing.assert_array_equal(again.tables.next_state, MIXED.tables.next_state)
     assert again.modalities == ("text", "thing", "other")
+
+
+def test_layouts_without_frames_keep_their_tables():
+    """Declarations from before videos give the states, costs and hashes that they gave."""
+    tables = MIXED.tables
+    digest = hashlib.sha256(b"".join(getattr(tables, name).tobytes() for name in KEPT)).hexdigest()[:16]
+    assert (MIXED.hash, len(tables.cost), digest) == ("5ac3a4fbfa3d7b88", 79, "c93a27c4863cc8c3")
+
+
+def test_long_videos_compile_fast_enough_to_be_declared():
+    """96 frames of 64 codes: all lengths share one path, with a closing token for each."""
+    grammar = make_grammar(VIDEO | {"shapes": [{"frames": {"min": 1, "max": 96}, "rows": 8, "columns": 8}]})
+    assert len(grammar.tables.cost) < 96 * 64 + 10
 
 
 def test_long_sounds_compile_fast_enough_to_be_declared():

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+import videos
 from audio_codecs import golden
 from flax import nnx
 from network_weights import inception_tensors, lpips_tensors
@@ -19,10 +20,15 @@ from omni import tokenizer_tools
 from omni_tokenizers import weights
 from omni_tokenizers.checkpoints.interop import from_state
 from omni_tokenizers.checkpoints.vqgan import layout_rules, pairs
+from omni_tokenizers.emu3 import Emu3Config, Emu3Tokenizer, Emu3VQ
+from omni_tokenizers.errors import OmniError
 from omni_tokenizers.vqgan import VQGAN, VQGANConfig, VQGANTokenizer
 
 VQ = VQGANConfig(
     channels=32, multipliers=(1, 1), residual_blocks=1, latent_channels=4, codebook_size=16, code_dim=4, image_size=16
+)
+EMU3 = Emu3Config(
+    channels=32, multipliers=(1, 1), attention_stages=(), residual_blocks=1, codebook_size=16, image_size=16
 )
 PICTURE = np.random.default_rng(0).integers(0, 256, (21, 13, 3), np.uint8)
 
@@ -38,6 +44,7 @@ def directories(tmp_path_factory, tiny_bundle):
     noise = {name: random.normal(size=shape) for name, shape in weights.shapes(nnx.state(abstract)).items()}
     net = nnx.merge(nnx.graphdef(abstract), weights.unflatten(nnx.state(abstract), noise))
     VQGANTokenizer(VQ, net).save(root / "vqgan")
+    Emu3Tokenizer(EMU3, Emu3VQ(EMU3, rngs=nnx.Rngs(0))).save(root / "emu3")
     paths = {path.name: path for path in (*root.iterdir(), *(tiny_bundle / "tokenizers").iterdir())}
     return paths | {"model": tiny_bundle}
 
@@ -181,6 +188,96 @@ def test_a_picture_of_any_size_keeps_it(run, directories, tmp_path, load_once, c
     np.testing.assert_array_equal(omni.Image.read(tmp_path / "out.png").pixels, expected)
 
 
+@pytest.fixture
+def clip(tmp_path):
+    """A lossless file of 6 frames of 13 x 21 pixels, no multiple of Emu3's 4 x 2 x 2, at times that are not even."""
+    video = omni.Video(videos.moving_crops(6, 13, 21), [0, 0.1, 0.2, 0.4, 0.5, 1])
+    video.save(tmp_path / "clip.mkv")
+    return video
+
+
+def test_a_video_of_any_size_and_length_keeps_them_and_its_times(run, directories, tmp_path, load_once, clip, caplog):
+    """Size, length and times go along with the codes, and come back."""
+    code, out, err = run("tokenizer", "encode", directories["emu3"], tmp_path / "clip.mkv")
+    entry = json.loads(out)
+    assert code == 0 and entry["modality"] == "video" and np.shape(entry["codes"]) == (1, 2, 7, 11), err
+    assert entry["sizes"] == [[6, 13, 21]] and not caplog.records
+    np.testing.assert_allclose(entry["timestamps"], clip.timestamps)
+    (tmp_path / "codes.json").write_text(out)
+    assert run("tokenizer", "decode", directories["emu3"], tmp_path / "codes.json", tmp_path / "out.mkv")[0] == 0
+    tokenizer = omni_tokenizers.load(directories["emu3"])
+    expected, decoded = tokenizer.decode(tokenizer.encode(clip.frames[None]))[0], omni.Video.read(tmp_path / "out.mkv")
+    assert expected.std() > 1
+    np.testing.assert_array_equal(decoded.frames, expected)
+    np.testing.assert_allclose(decoded.timestamps, clip.timestamps)
+    code, out, err = run("tokenizer", "encode", directories["emu3"], tmp_path / "clip.mkv", "--fps", 3)
+    assert code == 0 and json.loads(out)["sizes"] == [[4, 13, 21]], err
+    del entry["timestamps"], entry["sizes"]
+    (tmp_path / "codes.json").write_text(json.dumps(entry))
+    assert run("tokenizer", "decode", directories["emu3"], tmp_path / "codes.json", tmp_path / "out.mkv")[0] == 0
+    bare = omni.Video.read(tmp_path / "out.mkv")
+    assert bare.frames.shape == (8, 14, 22, 3) and bare.fps == pytest.approx(25)
+
+
+def test_videos_are_measured_frame_by_frame(run, directories, tmp_path, load_once, clip, caplog):
+    """Means over the frames of all files, with each frame's own; what cannot be measured is said once a file."""
+    omni.Video(clip.frames[:3]).save(tmp_path / "short.mkv")
+    files = [str(tmp_path / name) for name in ("clip.mkv", "short.mkv")]
+    code, out, err = run("tokenizer", "eval", directories["emu3"], *files)
+    measured = json.loads(out)
+    assert code == 0 and measured["videos"] == 2 and measured["frames"] == 9, err
+    tokenizer = omni_tokenizers.load(directories["emu3"])
+    codes = tokenizer.encode(clip.frames[None])
+    error = np.square(tokenizer.decode(codes)[0].astype(float) - clip.frames).mean((1, 2, 3))
+    np.testing.assert_allclose(measured["by_frame"]["psnr"][files[0]], 10 * np.log10(255**2 / error))
+    every = [value for file in files for value in measured["by_frame"]["psnr"][file]]
+    assert len(every) == 9 and measured["psnr"] == pytest.approx(np.mean(every))
+    assert len(measured["by_frame"]["ssim"][files[1]]) == 3 and -1 <= measured["ssim"] <= 1
+    assert measured["ms_ssim"] is None and measured["by_frame"]["ms_ssim"][files[1]] == [None] * 3
+    assert sum("MS-SSIM needs" in record.message for record in caplog.records) == 2
+    both = np.concatenate([np.ravel(codes.ids), np.ravel(tokenizer.encode(clip.frames[None, :3]).ids)])
+    assert measured["usage"] == len(np.unique(both)) / 16
+    code, out, err = run("tokenizer", "eval", directories["emu3"], files[0], "--fps", 2)
+    assert code == 0 and json.loads(out)["frames"] == 3, err
+
+
+def test_a_tokenizer_of_videos_alone_scales_them_to_its_size(clip, caplog):
+    """One that takes a single size is given it; pictures, it is not given."""
+
+    class Squares:
+        modality, takes_any_size, image_size = "video", False, 8
+
+    assert tokenizer_tools.modalities(Squares) == ("video",)
+    (frames,) = tokenizer_tools.prepared(Squares, [clip])
+    np.testing.assert_array_equal(frames, clip.resize_crop(8, 8).frames)
+    assert [record.message for record in caplog.records] == ["videos are scaled and cropped to 8x8 pixels"]
+
+
+def test_videos_where_they_do_not_belong_are_one_line(run, directories, load_once, tmp_path, clip, monkeypatch):
+    omni.Image(PICTURE).save(tmp_path / "in.png")
+    (tmp_path / "cut.mkv").write_bytes((tmp_path / "clip.mkv").read_bytes()[:-99])
+    cases = [
+        (["encode", "vqgan", "clip.mkv"], 2, "a tokenizer of image; it was given video"),
+        (["encode", "encodec 24k", "clip.mkv"], 2, "a tokenizer of audio; it was given video"),
+        (["encode", "emu3", "cut.mkv"], 1, "truncated"),
+        (["encode", "emu3", "none.mp4"], 2, "no such file"),
+        (["encode", "emu3", "clip.mkv", "--fps", "0"], 2, "fps must be"),
+        (["eval", "vqgan", "clip.mkv"], 2, "holds video"),
+        (["eval", "emu3", "in.png", "clip.mkv"], 2, "measure them apart"),
+    ]
+    for (verb, name, *rest), code, message in cases:
+        files = [tmp_path / word if "." in word else word for word in rest]
+        found, out, err = run("tokenizer", verb, directories[name], *files)
+        assert (found, out) == (code, "") and message in err and len(err.strip().splitlines()) == 1, err
+    with pytest.raises(OmniError, match="400 frames of 2000x2000 are more than 67 million pixels"):
+        tokenizer_tools._check_size(2000, 2000, 400)
+    monkeypatch.setattr(tokenizer_tools, "_MOST_VIDEO_PIXELS", 6 * 13 * 21 - 1)
+    assert "6 frames of 21x13" in run("tokenizer", "encode", directories["emu3"], tmp_path / "clip.mkv")[2]
+    (tmp_path / "codes.json").write_text(json.dumps({"codes": np.zeros((1, 2, 7, 15), int).tolist()}))
+    found, _, err = run("tokenizer", "decode", directories["emu3"], tmp_path / "codes.json", tmp_path / "out.mp4")
+    assert found == 1 and "8 frames of 30x14" in err
+
+
 STEREO = {"modality": "audio", "codes": [[[1, 2]]], "scales": [[1.0]], "lengths": [20]}
 
 
@@ -210,6 +307,15 @@ STEREO = {"modality": "audio", "codes": [[[1, 2]]], "scales": [[1.0]], "lengths"
         ("vqgan", {"codes": [[[1, 2]]], "sizes": [[3, 4]]}, 1, "sizes must lie in"),
         ("vqgan", {"codes": np.zeros((1, 1, 600, 600), int).tolist()}, 1, "codes of a video"),
         ("vqgan", {"codes": np.zeros((1, 1025, 1024), int).tolist()}, 1, "2048x2050 pixels are more than 4.2 million"),
+        (
+            "emu3",
+            {"codes": np.zeros((1, 2, 2, 2), int).tolist(), "timestamps": [0, 1]},
+            1,
+            "8 frames need as many time",
+        ),
+        ("emu3", {"codes": np.zeros((1, 1, 2, 2), int).tolist(), "timestamps": "now"}, 1, "4 frames need as many time"),
+        ("emu3", {"codes": np.zeros((1, 1, 2, 2), int).tolist(), "sizes": [[9, 2, 2]]}, 1, "sizes must lie in"),
+        ("emu3", {"codes": [[[[99]]]]}, 1, "code 99 is outside"),
         ("text", {"codes": [99999]}, 1, "code 99999 is outside"),
         ("text", {"codes": [[1]]}, 1, "codes must have the axes [length]"),
     ],
@@ -218,7 +324,9 @@ def test_bad_codes_are_one_line(run, directories, load_once, tmp_path, name, con
     """Whatever stands in a file of codes: decoded, or one line that names the file, and nothing is written."""
     if content is not None:
         (tmp_path / "codes.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    output = tmp_path / ("out.txt" if name == "text" else "out.png" if name == "vqgan" else "out.wav")
+    output = tmp_path / (
+        "out.txt" if name == "text" else "out.png" if name == "vqgan" else "out.mp4" if name == "emu3" else "out.wav"
+    )
     found, out, err = run("tokenizer", "decode", directories[name], tmp_path / "codes.json", output)
     assert (found, out) == (code, "") and message in err, err
     assert len(err.strip().splitlines()) == 1 and err.startswith(f"omni: {tmp_path / 'codes.json'}")

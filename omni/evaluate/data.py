@@ -110,4 +110,6 @@ def _content(part: Part) -> bytes:
             return part.text.encode()
         case "image":
             return repr(part.pixels.shape).encode() + part.pixels.tobytes()
+        case "video":
+            return repr(part.frames.shape).encode() + part.timestamps.tobytes() + part.frames.tobytes()
     return repr((part.samples.shape, part.sample_rate)).encode() + part.samples.tobytes()

@@ -36,12 +36,15 @@ def write_page(
 
 
 def described(part: Part) -> dict[str, str]:
-    """A part as JSON that parts.html.j2 shows; pictures and sounds as data URIs."""
+    """A part as JSON that parts.html.j2 shows; others as data URIs."""
     match part.modality:
         case "text":
             return {"modality": "text", "text": part.text}
         case "image":
             return {"modality": "image", "source": _data_uri("image/png", part.to_png_bytes())}
+        case "video":
+            kind, content = part.playable()
+            return {"modality": "video", "kind": kind, "source": _data_uri(kind, content)}
     return {"modality": "audio", "source": _data_uri("audio/wav", part.to_wav_bytes())}
 
 

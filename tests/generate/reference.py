@@ -19,7 +19,19 @@ from omni.vocabulary import Vocabulary
 
 TEXT, IMAGE, AUDIO = range(3)
 CONTROL = ["<bos>", "<turn>", "<eos>", "<pad>"]
-SPECIAL = [*CONTROL, "<image>", "</image>", "<audio>", "</audio>", "<row>", "<2x2>", "<3x2>"]
+SPECIAL = [
+    *CONTROL,
+    "<image>",
+    "</image>",
+    "<audio>",
+    "</audio>",
+    "<row>",
+    "<2x2>",
+    "<3x2>",
+    "<video>",
+    "</video>",
+    "<frame>",
+]
 SQUARE = {"rows": 2, "columns": 2}
 PLAIN = {
     "image": {
@@ -49,6 +61,17 @@ SIZED = {
     "audio": {**PLAIN["audio"], "delays": [0, 1], "shapes": [{"columns": {"min": 2, "max": 5}}]},
 }
 ONE = {"image": PLAIN["image"]}
+VIDEO = {
+    **PLAIN,
+    "video": {
+        "codebooks": ["image"],
+        "open": ["<video>"],
+        "close": ["</video>"],
+        "row_end": "<row>",
+        "frame_begin": "<frame>",
+        "shapes": [{"frames": {"min": 2, "max": 4}, **SQUARE}],
+    },
+}
 
 
 def make_grammar(layouts: dict) -> Grammar:
@@ -83,9 +106,9 @@ def prompt(grammar: Grammar, seed: int, *modalities: str) -> np.ndarray:
             codes = draw.integers(20, size=draw.integers(1, 9))
         else:
             layout = grammar.layouts[name]
-            rows, columns = list(layout.shapes)[draw.integers(len(layout.shapes))]
+            shape = list(layout.shapes)[draw.integers(len(layout.shapes))]
             sizes = [len(table) for table in layout.tables]
-            codes = np.stack([draw.integers(size, size=(rows, columns)) for size in sizes])
+            codes = np.stack([draw.integers(size, size=shape) for size in sizes])
         spans.append(Span(name, codes.astype(np.int32), context=True))
     return grammar.prompt(spans)
 

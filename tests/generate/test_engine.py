@@ -4,7 +4,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from reference import AUDIO, IMAGE, ONE, PLAIN, SIZED, TEXT, make_grammar, make_model, prompt, request, slow_generate
+from reference import (
+    AUDIO,
+    IMAGE,
+    ONE,
+    PLAIN,
+    SIZED,
+    TEXT,
+    VIDEO,
+    make_grammar,
+    make_model,
+    prompt,
+    request,
+    slow_generate,
+)
 
 from omni.generate import Engine, Shadow, unconditional_shadow
 from omni.generate.loop import guided_logits
@@ -158,7 +171,7 @@ def test_stream_gives_what_generate_gives(grammar, engine, hop):
     assert list(joined.values()) == [reply.ids.tolist() for reply in engine.generate(requests)]
 
 
-@pytest.mark.parametrize("layouts", [PLAIN, SIZED, ONE], ids=["plain", "sized", "one"])
+@pytest.mark.parametrize("layouts", [PLAIN, SIZED, ONE, VIDEO], ids=["plain", "sized", "one", "video"])
 def test_constrained_replies_parse_in_order_within_budget(layouts):
     """Over random weights, orders, budgets and seeds: replies are documents, with exactly the wanted parts."""
     grammar = make_grammar(layouts)
