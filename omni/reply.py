@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +12,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from omni import media
 from omni.grammar import Grammar, GrammarError, Span
 from omni.parts import Audio, Image, Part, Text, Video
 from omni.processor import Processor
 from omni_tokenizers.errors import OmniError
+
+INDEX = "reply.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,19 +60,26 @@ class Reply:
     def save(self, directory: str | Path) -> list[Path]:
         """Writes each part to a file numbered by its place (`1.txt`, `2.png`, `3.wav`, `4.mp4`); returns the paths.
 
+        `reply.json` beside them lists the files in order. Those that it lists of a reply saved there before are
+        removed; no other file is.
+
         Raises:
           OmniError: if a file cannot be written.
         """
         directory = Path(directory)
+        index = directory / INDEX
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            for name in _listed(index):
+                (directory / name).unlink(missing_ok=True)
         except OSError as error:
-            raise OmniError(f"{directory}: cannot be made a directory ({error.strerror})") from None
+            raise OmniError(f"{directory}: no reply can be written there ({error.strerror})") from None
         endings = {"text": "txt", "image": "png", "audio": "wav", "video": "mp4"}
-        paths = []
-        for place, part in enumerate(self.parts, start=1):
-            paths.append(directory / f"{place}.{endings[part.modality]}")
-            part.save(paths[-1])
+        paths = [directory / f"{place}.{endings[part.modality]}" for place, part in enumerate(self.parts, start=1)]
+        content = {"files": [path.name for path in paths], "well_formed": self.well_formed}
+        media.write_file(index, (json.dumps(content) + "\n").encode())
+        for path, part in zip(paths, self.parts, strict=True):
+            part.save(path)
         return paths
 
     def __repr__(self) -> str:
@@ -97,6 +109,15 @@ class Event:
     index: int
     text: str = ""
     part: Part | None = None
+
+
+def _listed(index: Path) -> list[str]:
+    """The files of a reply that was saved before; none where the index is absent, or is another program's."""
+    try:
+        names = json.loads(index.read_text())["files"]
+        return [name for name in names if re.fullmatch(r"\d+\.(txt|png|wav|mp4)", str(name))]  # nothing elsewhere
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return []
 
 
 def make_replies(processor: Processor, generated: Sequence[tuple[Int[np.ndarray, " tokens"], bool]]) -> list[Reply]:

@@ -1,5 +1,6 @@
 """A model as its user meets it: load, generate, stream, encode, decode, save."""
 
+import dataclasses
 import json
 import shutil
 
@@ -135,6 +136,22 @@ def test_reply_shows_and_saves_itself(tiny_model, tmp_path):
     assert "<audio" in reply._repr_html_() and "<img" in reply._repr_html_()
     assert [path.name for path in reply.save(tmp_path / "out")] == ["1.txt", "2.png", "3.wav"]
     np.testing.assert_array_equal(omni.Image.read(tmp_path / "out" / "2.png").pixels, reply.images[0].pixels)
+
+
+def test_a_shorter_reply_leaves_nothing_of_a_longer_one(tiny_model, tmp_path):
+    """Files of the reply before are removed, all others stay, whatever an index says."""
+    reply = tiny_model.generate(["seven"], want=["text", "image", "audio"], seed=0)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "7.png").write_text("the user's own")
+    reply.save(tmp_path / "out")
+    dataclasses.replace(reply, parts=reply.parts[1:]).save(tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["1.png", "2.wav", "7.png", "reply.json"]
+    assert json.loads((tmp_path / "out" / "reply.json").read_text())["files"] == ["1.png", "2.wav"]
+    (tmp_path / "1.png").write_text("outside")
+    for index in ('{"files": ["../1.png", 3, "7.png/.."]}', "[]", "no JSON", '{"files": null}'):
+        (tmp_path / "out" / "reply.json").write_text(index)
+        reply.save(tmp_path / "out")
+    assert (tmp_path / "1.png").exists() and (tmp_path / "out" / "7.png").exists()
 
 
 @pytest.mark.parametrize(
