@@ -16,6 +16,8 @@ from omni.vocabulary import Vocabulary
 from omni_tokenizers.emu3 import Emu3Config, Emu3Tokenizer, Emu3VQ
 from omni_tokenizers.errors import OmniError
 
+pytestmark = pytest.mark.slow  # it compiles Emu3's net, small, and a transformer
+
 SPECIAL = ("<bos>", "<turn>", "<eos>", "<pad>", "<video>", "</video>", "<frame>")
 EMU3 = Emu3Config(
     channels=32, multipliers=(1, 1), attention_stages=(), residual_blocks=1, codebook_size=16, image_size=4,

@@ -137,6 +137,7 @@ def test_loss_is_a_sum_over_pictures():
     assert float(loss(net, images / 127.5 - 1)[0]) == pytest.approx(float(total), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_it_learns():
     """A few steps, called as the trainer calls it, reconstruct simple pictures; all codes' statistics are returned."""
     graphdef, params, rest = nnx.split(ImageVQ(CONFIG, rngs=nnx.Rngs(0)), nnx.Param, ...)

@@ -83,6 +83,7 @@ def test_mel_term_is_the_metric_but_for_edges():
     assert float(mel.mean()) * 7 / np.log(10) == pytest.approx(mel_distance(audio, estimate, RATE), rel=0.02)
 
 
+@pytest.mark.slow
 def test_audio_losses_of_silence_have_a_gradient():
     """Silence, in the original or in both, gives a finite gradient."""
     losses = AudioLosses((64, 128), (5, 10), waveform=1.0)

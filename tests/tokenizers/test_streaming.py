@@ -25,7 +25,7 @@ from omni_tokenizers.image import ImageTokenizer, ImageTokenizerConfig
 PAGE = Path(__file__).parents[2] / "docs" / "tokenizers.md"
 MOST = 24
 """Frames of a sound at the most."""
-QUICK = ("encodec", "spectral six hops")
+QUICK = ("spectral six hops",)
 SETTINGS = {"encodec": {"codebooks": 2}, "encodec replicate": {"frames": 2}, "spectral": {"frames": 3}}
 CASES = [
     pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow, id=name) for name in streaming_cases.CONFIGS

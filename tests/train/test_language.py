@@ -56,6 +56,7 @@ def test_loss_is_the_obvious_sum(config):
         np.testing.assert_allclose(metrics[f"loss/{name}"], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_learns_and_its_directory_loads(tmp_path):
     """Losses fall, held-out ones are logged, and the directory opens as a model with the trained weights."""
     config = language(tmp_path / "run", steps=60, log_every=20, checkpoint_every=30)
