@@ -19,8 +19,8 @@ class Examples(abc.ABC):
     def dataset(self, seed: int) -> grain.MapDataset:
         """Single examples, endless and in an order that depends on `seed`: dicts of numpy arrays of fixed shapes.
 
-        Pictures are {"image": uint8 [height, width, 3]}; sounds {"audio": float32 [samples] within [-1, 1], "length":
-        int32, how many of the samples count}.
+        Pictures are {"image": uint8 [height, width, 3]}; videos {"video": uint8 [time, height, width, 3]}; sounds
+        {"audio": float32 [samples] within [-1, 1], "length": int32, how many of the samples count}.
         """
 
     def held_out(self) -> list[dict[str, np.ndarray]] | None:

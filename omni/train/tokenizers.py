@@ -1,4 +1,4 @@
-"""What trains tokenizers of pictures and of sound, whichever net and quantiser they have, on whichever examples."""
+"""What trains tokenizers of pictures, videos and sound, whichever net and quantiser they have, on any examples."""
 
 from __future__ import annotations
 
@@ -34,11 +34,13 @@ from omni_tokenizers.losses.audio import AudioLosses
 from omni_tokenizers.losses.image import ImageLosses
 from omni_tokenizers.losses.perceptual import PREPROCESSING, PerceptualDistance
 from omni_tokenizers.quantizers import Quantized
+from omni_tokenizers.video import VideoTokenizer, VideoTokenizerConfig
 from omni_tokenizers.vqgan import VQGANConfig, VQGANTokenizer
 from omni_tokenizers.waveform import whole_frames
 
 _say_once = functools.cache(logging.getLogger(__name__).info)
 _SHOWN = 6  # examples on the run's page
+_SHOWN_FRAMES = 4  # of a video there
 
 ComputeType = Literal["float32", "bfloat16"]
 
@@ -77,7 +79,7 @@ class AudioAdversary(TokenizerAdversary):
 
 
 class TokenizerTask(Task):
-    """What the two tasks share: a net that its tokenizer's configuration describes, its examples, its critic."""
+    """What all these tasks share: a net that its tokenizer's configuration describes, its examples, its critic."""
 
     tokenizers: ClassVar[tuple[type[NetTokenizer], ...]]
     """The classes that can be trained."""
@@ -291,6 +293,41 @@ class ImageTokenizerTask(TokenizerTask):
                 f"task.data has pictures of {height} x {width}, but task.tokenizer, with image_size {net.image_size}, "
                 f"takes {wanted} pixels; change one of them"
             )
+
+
+@dataclass(frozen=True)
+class VideoTokenizerTask(ImageTokenizerTask):
+    """A tokenizer of videos. Losses and a discriminator see their frames as pictures."""
+
+    tokenizers = (VideoTokenizer,)
+    data: Examples
+    """Videos."""
+    tokenizer: VideoTokenizerConfig
+    """The net and its quantiser."""
+
+    def prepared(self, batch: Batch) -> dict[str, Array]:
+        video, stride = batch["video"], self.tokenizer.temporal_downsampling
+        time, height, width = video.shape[1:4]
+        self._check_size(height, width)
+        if time % stride != 1 % stride:
+            raise UsageError(
+                f"task.data has videos of {time} frames, but task.tokenizer, with temporal_downsampling {stride}, "
+                f"is trained on one more than a multiple of {stride}; change one of them"
+            )
+        frames = normalized(video.reshape(-1, height, width, 3))
+        return {"original": frames, "counts": jnp.ones(len(frames)), "video": video}
+
+    def reconstruct(
+        self, model: nnx.Module, given: dict[str, Array], key: PRNGKeyArray, *, training: bool
+    ) -> tuple[Float[Array, "frames height width 3"], Quantized]:
+        estimate, quantized = model.autoencode(normalized(given["video"]), key, training=training)
+        return estimate.reshape(given["original"].shape), quantized
+
+    def exhibits(self, values: np.ndarray, batch: dict[str, np.ndarray]) -> list[list[Part]]:
+        """A few frames of each video, from the first to the last, side by side."""
+        videos = np.asarray(as_pixels(values)).reshape(batch["video"].shape)
+        shown = np.linspace(0, videos.shape[1] - 1, min(_SHOWN_FRAMES, videos.shape[1])).round().astype(int)
+        return [[Image(np.concatenate(list(video[shown]), 1))] for video in videos]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Small codecs that stream, with every parameter random, and sound for them."""
+"""Small codecs that stream, with every parameter random, and sound for them; what happens to a stream."""
 
 import functools
 
@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from hypothesis import strategies as st
 
 from omni_tokenizers.audio import AudioTokenizer, AudioTokenizerConfig, SpectralCodec
 from omni_tokenizers.base import NetTokenizer
 from omni_tokenizers.encodec import EncodecConfig, EncodecNet, EncodecTokenizer
 from omni_tokenizers.mimi import MimiConfig, MimiNet, MimiTokenizer
 from omni_tokenizers.quantizers import nearest
-from omni_tokenizers.streaming import StreamingTokenizer
+from omni_tokenizers.streaming import StreamingCodec
 
 ENCODEC = {
     "sample_rate": 2400,
@@ -67,13 +68,58 @@ RELEASED = {
 _TYPES = {EncodecConfig: EncodecTokenizer, MimiConfig: MimiTokenizer, AudioTokenizerConfig: AudioTokenizer}
 
 
+ROWS = 3
+"""Rows of a stream to which something happens."""
+
+
+def events(sizes: list[int]) -> st.SearchStrategy:
+    """What happens to a stream: each row gets a piece of so many steps of time, or a row ends and another sound or
+    video begins in it."""
+    pieces = st.lists(st.sampled_from(sizes), min_size=ROWS, max_size=ROWS)
+    return st.lists(st.one_of(pieces, st.integers(0, ROWS - 1)), max_size=30)
+
+
+def streamed(half, sources, events, most: int, axis: int = 1) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Runs events; of each sound or video that a row had, what was pushed and what came out.
+
+    Args:
+        sources: its number -> an array to cut pieces from, `most` long along the axis of time.
+    """
+    done, current = [], {}
+
+    def begin(row):
+        current[row] = [sources(len(done) + row), 0, []]
+
+    def end(row):
+        source, taken, outputs = current[row]
+        outputs.append(half.finish(row))
+        done.append((source.take(range(taken), axis), np.concatenate(outputs, axis)))
+        half.reset(row)
+        begin(row)
+
+    for row in range(ROWS):
+        begin(row)
+    for event in [*events, *range(ROWS)]:
+        if isinstance(event, int):
+            end(event)
+            continue
+        pieces = []
+        for row, size in enumerate(event):
+            source, taken, _ = current[row]
+            current[row][1] = min(taken + size, most)
+            pieces.append(source.take(range(taken, current[row][1]), axis))
+        for row, output in enumerate(half.push(pieces)):
+            current[row][2].append(output)
+    return done
+
+
 @functools.cache
-def tokenizer(name: str) -> StreamingTokenizer:
+def tokenizer(name: str) -> StreamingCodec:
     """The codec called `name`."""
     return random_tokenizer(CONFIGS[name])
 
 
-def random_tokenizer(config) -> StreamingTokenizer:
+def random_tokenizer(config) -> StreamingCodec:
     """A codec with noise in every parameter, so that no layer passes for being at its start; its codes are latents of
     some sound, so that many are in use."""
     generator = np.random.default_rng(0)
@@ -121,7 +167,7 @@ def _latents(net, audio) -> list:
     return [branch.enter(latents)[0] for branch in (net.semantic, net.acoustic)]
 
 
-def widest_tie(tokenizer: StreamingTokenizer, audio: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> float:
+def widest_tie(tokenizer: StreamingCodec, audio: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> float:
     """How far the squared distances of two codes for the same sound are apart in float64, relatively, where they differ
     in a frame first: levels after that quantise something else."""
     net, widest = tokenizer.net, 0.0

@@ -12,8 +12,7 @@ import pytest
 import streaming_cases
 from flax import nnx
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from streaming_cases import ENCODEC
+from streaming_cases import ENCODEC, ROWS
 
 from omni_tokenizers.audio import AudioTokenizer, AudioTokenizerConfig
 from omni_tokenizers.carried import Carried
@@ -24,7 +23,6 @@ from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.image import ImageTokenizer, ImageTokenizerConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "tokenizers.md"
-ROWS = 3
 MOST = 24
 """Frames of a sound at the most."""
 QUICK = ("encodec", "spectral six hops")
@@ -33,45 +31,8 @@ CASES = [
     pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow, id=name) for name in streaming_cases.CONFIGS
 ]
 
-# What happens to a stream: each row gets a piece of so many steps of time (a step is a fraction of a frame), or a row
-# ends and another sound begins in it.
-SIZES = st.lists(st.sampled_from([0, 0, 1, 2, 5, 13, 40]), min_size=ROWS, max_size=ROWS)
-EVENTS = st.lists(st.one_of(SIZES, st.integers(0, ROWS - 1)), max_size=30)
+EVENTS = streaming_cases.events([0, 0, 1, 2, 5, 13, 40])
 THOROUGH = settings(max_examples=25, deadline=None, derandomize=True)
-
-
-def streamed(half, sources, events, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Runs events; of each sound that a row had, what was pushed and what came out.
-
-    Args:
-        sources: number of a sound -> an array [axes, most] to cut pieces from.
-    """
-    done, current = [], {}
-
-    def begin(row):
-        current[row] = [sources(len(done) + row), 0, []]
-
-    def end(row):
-        source, taken, outputs = current[row]
-        outputs.append(half.finish(row))
-        done.append((source[:, :taken], np.concatenate(outputs, 1)))
-        half.reset(row)
-        begin(row)
-
-    for row in range(ROWS):
-        begin(row)
-    for event in [*events, *range(ROWS)]:
-        if isinstance(event, int):
-            end(event)
-            continue
-        pieces = []
-        for row, size in enumerate(event):
-            source, taken, _ = current[row]
-            current[row][1] = min(taken + size, most)
-            pieces.append(source[:, taken : current[row][1]])
-        for row, output in enumerate(half.push(pieces)):
-            current[row][2].append(output)
-    return done
 
 
 def padded(x: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -85,8 +46,11 @@ def padded(x: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
 def test_encoding_equals_the_whole_for_any_pieces(name, events):
     """Codes of a row's pieces are those of its sound: to the last frame, which may be a part, and to the first ones."""
     tokenizer = streaming_cases.tokenizer(name)
-    most, encoder = MOST * tokenizer.samples_per_frame, tokenizer.stream(ROWS, **SETTINGS.get(name, {})).encoder
-    done = streamed(encoder, lambda seed: streaming_cases.noise(most, seed), events, most)
+    most, encoder = (
+        MOST * tokenizer.samples_per_frame,
+        tokenizer.stream(ROWS, **SETTINGS.get(name, {})).encoder,
+    )
+    done = streaming_cases.streamed(encoder, lambda seed: streaming_cases.noise(most, seed), events, most)
     assert all(codes.dtype == np.int32 for _, codes in done)
     assert all(not codes.size for sound, codes in done if not sound.size)
     for sound, codes in done:
@@ -108,7 +72,7 @@ def test_decoding_equals_the_whole_for_any_pieces(name, events):
     def source(seed):
         return np.random.default_rng(seed).integers(0, 16, (decoder.codebooks, MOST)).astype(np.int32)
 
-    for codes, sound in streamed(decoder, source, events, MOST):
+    for codes, sound in streaming_cases.streamed(decoder, source, events, MOST):
         assert sound.dtype == np.float32
         assert sound.shape == (1, codes.shape[1] * tokenizer.samples_per_frame)
         if codes.size:

@@ -113,7 +113,7 @@ def test_rounded_directory_knows_its_own_hash(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"type": "video"}, "unknown tokenizer type 'video'"),
+        ({"type": "smell"}, "unknown tokenizer type 'smell'"),
         ({"type": ["image_vq"]}, "unknown tokenizer type"),
         ({"hash": "0" * 16}, "hash"),
         ({"config": None}, "'config' must be a JSON object"),

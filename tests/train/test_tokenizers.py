@@ -26,7 +26,7 @@ from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.losses.image import ImageLosses
 
 CAUSAL = dataclasses.replace(TASKS["audio_spectral"].tokenizer, causal=True)
-HALVED = {name: TASKS[name] for name in ("image_vq", "audio_spectral")}
+HALVED = {name: TASKS[name] for name in ("image_vq", "video", "audio_spectral")}
 HALVED["causal"] = dataclasses.replace(TASKS["audio_spectral"], tokenizer=CAUSAL)
 
 
@@ -105,7 +105,7 @@ def test_it_learns_and_loads(tmp_path, name):
     tokenizer = omni_tokenizers.load(config.output)
     assert tokenizer.config == task.tokenizer
     (batch,) = task.validation()
-    given = batch["image"] if tokenizer.modality == "image" else batch["audio"][:, None]
+    given = batch["audio"][:, None] if tokenizer.modality == "audio" else batch[tokenizer.modality]
     codes = tokenizer.encode(given)
     assert len(np.unique(codes)) > 1 and np.asarray(codes).max() < tokenizer.codebook_sizes[0]
     decoded = tokenizer.decode(codes)
@@ -116,7 +116,7 @@ def test_it_learns_and_loads(tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["image_vq", "audio_spectral"])
+@pytest.mark.parametrize("name", ["image_vq", "video", "audio_spectral"])
 def test_page_shows_held_out_examples(tmp_path, name):
     """At every checkpoint the run's page has a row more, up to five, of held-out examples alone; a step that is taken
     again replaces its row."""
@@ -128,7 +128,7 @@ def test_page_shows_held_out_examples(tmp_path, name):
     assert made == [3, 4, 5, 6, 7] and all(f"step {step}</th>" in page for step in made)
     assert "step 2</th>" not in page and "After 7 steps" in page and page.count("<polyline") >= 2
     pictures, players = page.count("data:image/png;base64,"), page.count("data:audio/wav;base64,")
-    assert pictures == 6 * 6 and players == (0 if name == "image_vq" else 6 * 6)
+    assert pictures == 6 * 6 and players == (6 * 6 if name == "audio_spectral" else 0)
     assert "http" not in page
     rows = [json.loads((tmp_path / "run" / "made" / f"{step}.json").read_text()) for step in (6, 7)]
     assert rows[0] != rows[1]
@@ -140,6 +140,45 @@ def test_page_shows_how_loud_a_reconstruction_is():
     (batch,) = task.validation()
     shown = [task.exhibits(gain * batch["audio"], batch)[0][0].pixels.sum(-1).max() for gain in (1.0, 0.1)]
     assert shown[0] == 252 + 255 + 164 and 4 < shown[1] < 0.8 * shown[0]
+
+
+def test_page_shows_frames_of_a_video_side_by_side():
+    """Four of the five, from the first to the last, for each held-out video."""
+    task = TASKS["video"]
+    (batch,) = task.validation()
+    shown = task.exhibits(np.asarray(task.prepared(batch)["original"]), batch)
+    frames = batch["video"][:, [0, 1, 3, 4]]
+    assert len(shown) == 6
+    for (picture,), video in zip(shown, frames, strict=True):
+        np.testing.assert_array_equal(picture.pixels, np.concatenate(list(video), 1))
+
+
+def test_videos_fit_the_net():
+    """Another size of frames, or a length that has no whole number of codes, is refused with both."""
+    task = TASKS["video"]
+    good, short, small = (
+        {"video": np.zeros((2, *shape, 3), np.uint8)} for shape in ((9, 16, 16), (4, 16, 16), (5, 8, 16))
+    )
+    assert task.prepared(good)["original"].shape == (18, 16, 16, 3)
+    with pytest.raises(UsageError, match=r"task.data has videos of 4 frames.*temporal_downsampling 4"):
+        task.prepared(short)
+    with pytest.raises(UsageError, match=r"8 x 16, but task.tokenizer.* image_size 16"):
+        task.prepared(small)
+    with pytest.raises(UsageError, match="trains VideoTokenizerConfig, not EncodecConfig"):
+        dataclasses.replace(task, tokenizer=TASKS["encodec"].tokenizer)
+
+
+def test_losses_of_a_video_are_those_of_its_frames():
+    """The loss is a mean over frames, and the weight counts them."""
+    task = TASKS["video"]
+    batch = stack([task.dataset(0)[index] for index in range(2)])
+    net = nnx.jit(lambda: task.build(nnx.Rngs(0)))()
+    total, weight, metrics = nnx.jit(lambda net: task.loss(net, batch, None, training=False))(net)
+    estimate, _ = nnx.jit(lambda net: net.autoencode(batch["video"] / np.float32(127.5) - 1, None, training=False))(net)
+    error = np.asarray(estimate) - (batch["video"] / 127.5 - 1)
+    expected = np.square(error).mean() + 0.1 * np.abs(error).mean()
+    assert float(weight) == 10 and float(metrics["reconstruction"][0]) / 10 == pytest.approx(expected, rel=1e-4)
+    assert float(total) > float(metrics["reconstruction"][0])
 
 
 @pytest.mark.parametrize("name", ["vqgan", pytest.param("encodec", marks=pytest.mark.slow)])

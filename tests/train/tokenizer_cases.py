@@ -9,11 +9,12 @@ from omni.data.examples import Examples
 from omni.data.loader import stack
 from omni.train.loop import TrainConfig
 from omni.train.optimizer import OptimizerConfig
-from omni.train.tokenizers import AudioTokenizerTask, ImageTokenizerTask
+from omni.train.tokenizers import AudioTokenizerTask, ImageTokenizerTask, VideoTokenizerTask
 from omni_tokenizers.audio import AudioTokenizerConfig
 from omni_tokenizers.encodec import EncodecConfig
 from omni_tokenizers.image import ImageTokenizerConfig
 from omni_tokenizers.quantizers import LearnedQuantizerConfig, ResidualQuantizerConfig, VectorQuantizerConfig
+from omni_tokenizers.video import VideoTokenizerConfig
 from omni_tokenizers.vqgan import VQGANConfig
 
 RATE = 8000
@@ -44,6 +45,17 @@ class Squares(Examples):
 
 
 @dataclass(frozen=True)
+class Moves(Examples):
+    """Videos of five frames 16 x 16, of squares that move to the right."""
+
+    def dataset(self, seed):
+        return grain.MapDataset.source(Endless(move, seed))
+
+    def held_out(self):
+        return [stack([move(np.random.default_rng([99, index])) for index in range(6)])]
+
+
+@dataclass(frozen=True)
 class Tones(Examples):
     """Notes of an eighth of a second at 8 kHz, some of them shorter."""
 
@@ -59,6 +71,14 @@ def square(random):
     row, column = random.integers(0, 8, 2)
     image[row : row + 8, column : column + 8] = random.integers(0, 256, 3)
     return {"image": image.astype(np.uint8)}
+
+
+def move(random):
+    ground = np.broadcast_to(random.integers(0, 256, 3), (5, 16, 16, 3)).copy()
+    row, column, colour = *random.integers(0, 8, 2), random.integers(0, 256, 3)
+    for frame in range(5):
+        ground[frame, row : row + 8, column + frame : column + frame + 8] = colour
+    return {"video": ground.astype(np.uint8)}
 
 
 def tone(random):
@@ -80,6 +100,7 @@ TASKS = {
             quantizer=LearnedQuantizerConfig(codebook_size=16, dim=8, normalize="always"),
         ),
     ),
+    "video": VideoTokenizerTask(Moves(), VideoTokenizerConfig(16, 4, 4, 16, (1,), 1, MOVING)),
     "audio_spectral": AudioTokenizerTask(
         Tones(),
         AudioTokenizerConfig(

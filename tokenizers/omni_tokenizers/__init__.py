@@ -1,4 +1,4 @@
-"""Tokenizers for images, sound and text: continuous or written data to integer codes and back.
+"""Tokenizers for images, sound, video and text: continuous or written data to integer codes and back.
 
 ``omni_tokenizers.load(directory)`` opens any saved tokenizer. Names are imported when first used, so that importing
 the package costs nothing.
@@ -15,6 +15,7 @@ _HOMES = {
     "ImageTokenizer": "image",
     "AudioTokenizer": "audio",
     "TextTokenizer": "text",
+    "VideoTokenizer": "video",
 }
 
 __all__ = sorted(_HOMES)

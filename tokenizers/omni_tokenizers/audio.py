@@ -25,7 +25,7 @@ from omni_tokenizers.quantizers import (
     make_quantizer,
 )
 from omni_tokenizers.spectral import analysis, istft, log_mel, stft, synthesis
-from omni_tokenizers.streaming import StreamingTokenizer
+from omni_tokenizers.streaming import StreamingCodec
 from omni_tokenizers.waveform import checked_audio, checked_lengths, whole_frames
 
 
@@ -242,7 +242,7 @@ class SpectralCodec(nnx.Module):
         return self.synthesize(quantized.quantized, mask), quantized
 
 
-class AudioTokenizer(StreamingTokenizer):
+class AudioTokenizer(StreamingCodec):
     """Sound to codes and back."""
 
     type = "audio_spectral"

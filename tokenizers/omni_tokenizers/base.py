@@ -38,6 +38,7 @@ TYPES = {
     "emu3": "omni_tokenizers.emu3:Emu3Tokenizer",
     "encodec": "omni_tokenizers.encodec:EncodecTokenizer",
     "mimi": "omni_tokenizers.mimi:MimiTokenizer",
+    "video": "omni_tokenizers.video:VideoTokenizer",
     "text_sentencepiece": "omni_tokenizers.text:TextTokenizer",
 }
 
@@ -48,7 +49,7 @@ class Tokenizer(abc.ABC):
     type: ClassVar[str]
     """Name in tokenizer.json, a key of `TYPES`."""
     modality: ClassVar[str]
-    """"text", "image" or "audio"."""
+    """"text", "image", "audio" or "video"."""
     codebook_sizes: tuple[int, ...]
     """Number of codes of each codebook."""
     hash: str
@@ -68,7 +69,7 @@ class Tokenizer(abc.ABC):
         Raises:
             OmniError: where codes do not follow the data in time.
         """
-        raise OmniError(f"a tokenizer of type {self.type} cannot stream; causal tokenizers of sound can")
+        raise OmniError(f"a tokenizer of type {self.type} cannot stream; causal tokenizers of sound and of video can")
 
     @abc.abstractmethod
     def save(self, directory: epath.PathLike) -> None:
@@ -81,7 +82,7 @@ class Tokenizer(abc.ABC):
 
 
 class NetTokenizer(Tokenizer):
-    """A tokenizer made of a frozen dataclass `config` and an nnx net built from it (image and audio).
+    """A tokenizer made of a frozen dataclass `config` and an nnx net built from it (image, audio and video).
 
     Subclasses set `config_class` and `net_class` (built as ``net_class(config, rngs=...)``) and prepare what they need
     after ``super().__init__(config, net)``.

@@ -1,8 +1,8 @@
-"""Streams: sound to codes and back a few frames at a time, in several rows that begin and end when they like.
+"""Sound and video to codes and back a few frames at a time, in rows that begin and end when they like.
 
 A step is one compiled function of fixed shape: it takes the next frames of every row that has enough of them, and the
 carried arrays of all rows (`omni_tokenizers.carried`), which it replaces. The host keeps back what does not fill a
-step, so that pieces may have any length. All pieces of a row together give what the whole sound would.
+step, so that pieces may have any length. All pieces of a row together give what the whole would.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ class Stream(NamedTuple):
 
 
 class StreamingTokenizer(NetTokenizer):
-    """A tokenizer of sound that streams where its configuration is causal.
+    """A tokenizer of what has a time, which streams where its configuration is causal.
 
-    Its net has the encoding and the decoding parts named here, through which `_encode_step` and `_decode_step` go. Its
-    configuration has `samples_per_frame`.
+    Its net has the encoding and the decoding parts named here, through which `_encode_step` and `_decode_step` go.
     """
 
     encoding: ClassVar[tuple[str, ...]] = ("encoder",)
@@ -43,14 +42,54 @@ class StreamingTokenizer(NetTokenizer):
     first_frames = 1
     """Frames that a stream must have of a row before its first step."""
     delay = 0
-    """Samples by which streamed sound lags behind its codes."""
+    """Steps of time by which what is streamed lags behind its codes."""
+    lead = 0
+    """Steps of time that the first frame of codes stands for beyond those that there are."""
     closing_frames = 0
-    """Frames of codes -1 after the last one, which bring the sound that is late."""
+    """Frames of codes -1 after the last one, which bring what is late."""
+
+    @property
+    @abc.abstractmethod
+    def frame_length(self) -> int:
+        """Steps of time, samples or pictures, that a frame of codes stands for."""
+
+    def step(self, name: str, rows: int, codebooks: int = 1) -> Step:
+        """The compiled step called `name`, "encode" or "decode"; all streams of the same shape share it."""
+        key = (name, rows, codebooks)
+        if key not in self._steps:
+            if name == "encode":
+                function = functools.partial(self._encode_step, codebooks=codebooks)
+                self._steps[key] = Step.of(self.net, self.encoding, function, rows)
+            else:
+                self._steps[key] = Step.of(self.net, self.decoding, self._decode_step, rows)
+        return self._steps[key]
+
+    @functools.cached_property
+    def _steps(self) -> dict[tuple, Step]:
+        return {}
+
+    @staticmethod
+    @abc.abstractmethod
+    def _encode_step(net, x: Array, lengths: Int[Array, " rows"], *, codebooks: int) -> Array:
+        """Codes of the next steps of time of each row, of which `lengths` count."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def _decode_step(net, ids: Array, frames: Int[Array, " rows"]) -> Array:
+        """What the next frames of codes of each row stand for, of which `frames` count."""
+
+
+class StreamingCodec(StreamingTokenizer):
+    """A tokenizer of sound that streams where its configuration is causal, and has `samples_per_frame`."""
 
     @property
     @abc.abstractmethod
     def obstacle(self) -> str | None:
         """Why this tokenizer cannot stream; None where it can."""
+
+    @property
+    def frame_length(self) -> int:
+        return self.samples_per_frame
 
     def stream(self, rows: int = 1, *, frames: int = 1, codebooks: int | None = None) -> Stream:
         """An encoder and a decoder that take sound and codes by pieces: `encoder, decoder = tokenizer.stream()`.
@@ -69,25 +108,9 @@ class StreamingTokenizer(NetTokenizer):
                 f"this {self.type} tokenizer cannot stream: {self.obstacle}; mimi, encodec at 24 kHz and "
                 "audio_spectral with causal=True can"
             )
-        if not all(isinstance(number, int) and number >= 1 for number in (rows, frames)):
-            raise UsageError(f"a stream has at least 1 row and takes at least 1 frame, got {rows!r} and {frames!r}")
+        check_stream(rows, frames)
         codebooks = self._checked_codebooks(codebooks)
         return Stream(StreamEncoder(self, rows, frames, codebooks), StreamDecoder(self, rows, frames, codebooks))
-
-    def step(self, name: str, rows: int, codebooks: int) -> Step:
-        """The compiled step called `name`, "encode" or "decode"; all streams of the same shape share it."""
-        key = (name, rows, codebooks)
-        if key not in self._steps:
-            if name == "encode":
-                function = functools.partial(self._encode_step, codebooks=codebooks)
-                self._steps[key] = Step.of(self.net, self.encoding, function, rows)
-            else:
-                self._steps[key] = Step.of(self.net, self.decoding, self._decode_step, rows)
-        return self._steps[key]
-
-    @functools.cached_property
-    def _steps(self) -> dict[tuple, Step]:
-        return {}
 
     @staticmethod
     @abc.abstractmethod
@@ -146,7 +169,7 @@ class Step:
 class Row:
     """What the host knows of one row."""
 
-    held: Num[np.ndarray, "axes time"]
+    held: Num[np.ndarray, "*axes"]
     """What no step has taken yet."""
     begun: bool = False
     finished: bool = False
@@ -161,8 +184,11 @@ class RowStream(abc.ABC):
 
     name: ClassVar[str]
     dtype: ClassVar[type]
+    dtype_out: ClassVar[type]
+    axis = 1
+    """Where time is in what comes in and what comes out of a row."""
 
-    def __init__(self, tokenizer: StreamingTokenizer, rows: int, frames: int, codebooks: int):
+    def __init__(self, tokenizer: StreamingTokenizer, rows: int, frames: int, codebooks: int = 1):
         self.tokenizer, self.rows, self.frames, self.codebooks = tokenizer, rows, frames, codebooks
         self.first_frames = max(frames, tokenizer.first_frames)
         self._rows = [self._new_row() for _ in range(rows)]
@@ -170,15 +196,18 @@ class RowStream(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def axes(self) -> int:
-        """Values at each step of time that come in."""
-
-    @property
-    @abc.abstractmethod
     def frame(self) -> int:
         """Steps of time that come in for one frame of codes."""
 
-    def push(self, pieces: Sequence[Num[np.ndarray, "axes time"] | None]) -> list[Num[np.ndarray, "axes time"]]:
+    @abc.abstractmethod
+    def shape_in(self, time: int) -> tuple[int, ...]:
+        """The shape of so many steps of time that come in."""
+
+    @abc.abstractmethod
+    def shape_out(self, time: int) -> tuple[int, ...]:
+        """The shape of so many that come out."""
+
+    def push(self, pieces: Sequence[Num[np.ndarray, "*axes"] | None]) -> list[Num[np.ndarray, "*axes"]]:
         """Takes what each row has next, and gives what came out of each; either may be of any length, and empty.
 
         Args:
@@ -191,17 +220,18 @@ class RowStream(abc.ABC):
             raise OmniError(f"this stream has {self.rows} rows, got {len(pieces)} pieces; None stands for nothing new")
         pieces = [self._checked(row, piece) for row, piece in enumerate(pieces)]
         for row, piece in zip(self._rows, pieces, strict=True):
-            row.held = np.concatenate([row.held, piece], 1)
-            row.pushed += piece.shape[1]
+            opening = piece if row.pushed else self._opened(piece)
+            row.held = np.concatenate([row.held, opening], self.axis)
+            row.pushed += piece.shape[self.axis]
         return self._advance()
 
-    def finish(self, row: int = 0) -> Num[np.ndarray, "axes time"]:
+    def finish(self, row: int = 0) -> Num[np.ndarray, "*axes"]:
         """What is still to come of a row that has ended, which takes nothing more until it is reset."""
         self._checked_open(row)
         ended = self._rows[row]
         ended.finished = True
         if ended.pushed:
-            ended.held = np.concatenate([ended.held, self._closing()], 1)
+            ended.held = self._closed(ended.held)
         return self._advance()[row]
 
     def reset(self, row: int = 0) -> None:
@@ -209,29 +239,30 @@ class RowStream(abc.ABC):
         self._checked_row(row)
         self._rows[row] = self._new_row()
 
-    def _advance(self) -> list[Num[np.ndarray, "axes time"]]:
+    def _advance(self) -> list[Num[np.ndarray, "*axes"]]:
         """Steps as long as a row has enough for one; what came out of each row."""
-        outputs = [[self._empty()] for _ in self._rows]
+        outputs = [[] for _ in self._rows]
         while ready := [index for index, row in enumerate(self._rows) if self._is_ready(row)]:
             # A row's first step may need more frames than the others: two shapes in all.
             first = not all(self._rows[index].begun for index in ready)
             for index, output in self._step(ready, self.first_frames if first else self.frames).items():
                 outputs[index].append(output)
-        return [np.concatenate(parts, 1) for parts in outputs]
+        return [np.concatenate(parts, self.axis) if parts else self._empty() for parts in outputs]
 
     def _is_ready(self, row: Row) -> bool:
         needed = (self.frames if row.begun else self.first_frames) * self.frame
-        return row.held.shape[1] >= (1 if row.finished else needed)
+        return row.held.shape[self.axis] >= (1 if row.finished else needed)
 
-    def _step(self, ready: list[int], frames: int) -> dict[int, Num[np.ndarray, "axes time"]]:
+    def _step(self, ready: list[int], frames: int) -> dict[int, Num[np.ndarray, "*axes"]]:
         """Lets the rows that are ready take up to `frames` frames; the others stay as they are."""
-        x = np.zeros((self.rows, self.axes, frames * self.frame), self.dtype)
+        x = np.zeros((self.rows, *self.shape_in(frames * self.frame)), self.dtype)
         lengths, fresh = np.zeros(self.rows, np.int32), np.zeros(self.rows, bool)
         for index in ready:
             row = self._rows[index]
-            count = min(row.held.shape[1], x.shape[2])
+            count = min(row.held.shape[self.axis], frames * self.frame)
             count -= 0 if row.finished else count % self.frame
-            x[index, :, :count], row.held = row.held[:, :count], row.held[:, count:]
+            self._cut(x[index], 0, count)[...] = self._cut(row.held, 0, count)
+            row.held = self._cut(row.held, count)
             lengths[index], fresh[index], row.begun = count, not row.begun, True
         step = self.tokenizer.step(self.name, self.rows, self.codebooks)
         carried = step.begin() if self._carried is None else self._carried
@@ -240,12 +271,16 @@ class RowStream(abc.ABC):
         return {index: self._output(self._rows[index], y[index], int(lengths[index])) for index in ready}
 
     def _new_row(self) -> Row:
-        return Row(np.zeros((self.axes, 0), self.dtype))
+        return Row(np.zeros(self.shape_in(0), self.dtype))
 
-    def _checked(self, index: int, piece) -> Num[np.ndarray, "axes time"]:
+    def _cut(self, x: np.ndarray, start: int, stop: int | None = None) -> np.ndarray:
+        """The steps of time `start` to `stop`."""
+        return x[(slice(None),) * self.axis + (slice(start, stop),)]
+
+    def _checked(self, index: int, piece) -> Num[np.ndarray, "*axes"]:
         """What a row has next, or an OmniError that names the row."""
         if piece is None or not np.size(piece):
-            return np.zeros((self.axes, 0), self.dtype)
+            return np.zeros(self.shape_in(0), self.dtype)
         self._checked_open(index)
         try:
             return self._checked_piece(np.asarray(piece))
@@ -255,27 +290,31 @@ class RowStream(abc.ABC):
     def _checked_open(self, index: int) -> None:
         self._checked_row(index)
         if self._rows[index].finished:
-            raise OmniError(f"row {index} is finished; reset({index}) begins another sound in it")
+            raise OmniError(f"row {index} is finished; reset({index}) begins another one in it")
 
     def _checked_row(self, index: int) -> None:
         if index not in range(self.rows):
             raise OmniError(f"this stream has the rows 0 to {self.rows - 1}, not {index!r}")
 
+    def _empty(self) -> np.ndarray:
+        """An output of no length."""
+        return np.zeros(self.shape_out(0), self.dtype_out)
+
+    def _opened(self, piece: np.ndarray) -> np.ndarray:
+        """A row's first piece with what goes before it."""
+        return piece
+
     @abc.abstractmethod
-    def _checked_piece(self, piece: np.ndarray) -> Num[np.ndarray, "axes time"]:
+    def _closed(self, held: np.ndarray) -> np.ndarray:
+        """What a row that ends holds back, with what goes after it."""
+
+    @abc.abstractmethod
+    def _checked_piece(self, piece: np.ndarray) -> Num[np.ndarray, "*axes"]:
         """A piece that is not empty, or an OmniError."""
 
     @abc.abstractmethod
     def _output(self, row: Row, y: np.ndarray, count: int) -> np.ndarray:
         """What a row gets of what the net made of `count` steps of time."""
-
-    @abc.abstractmethod
-    def _empty(self) -> np.ndarray:
-        """An output of no length."""
-
-    @abc.abstractmethod
-    def _closing(self) -> np.ndarray:
-        """What the net takes after a row's last piece."""
 
 
 class StreamEncoder(RowStream):
@@ -286,29 +325,28 @@ class StreamEncoder(RowStream):
     """
 
     name = "encode"
-    dtype = np.float32
-
-    @property
-    def axes(self) -> int:
-        return self.tokenizer.channels
+    dtype, dtype_out = np.float32, np.int32
 
     @property
     def frame(self) -> int:
-        return self.tokenizer.samples_per_frame
+        return self.tokenizer.frame_length
+
+    def shape_in(self, time: int) -> tuple[int, ...]:
+        return (self.tokenizer.channels, time)
+
+    def shape_out(self, time: int) -> tuple[int, ...]:
+        return (self.codebooks, time)
 
     def _checked_piece(self, piece: np.ndarray) -> Float[np.ndarray, "channels samples"]:
         if piece.ndim != 2:
             raise OmniError(f"sound must be [channels, samples], got the shape {list(piece.shape)}")
         return self.tokenizer._checked_chunk(piece)
 
-    def _output(self, row: Row, y: np.ndarray, count: int) -> Int[np.ndarray, "codebooks frames"]:
-        return y[:, : -(-count // self.frame)]
+    def _output(self, row: Row, y: np.ndarray, count: int) -> Int[np.ndarray, "*axes"]:
+        return self._cut(y, 0, -(-count // self.frame))
 
-    def _empty(self) -> Int[np.ndarray, "codebooks 0"]:
-        return np.zeros((self.codebooks, 0), np.int32)
-
-    def _closing(self) -> Float[np.ndarray, "channels 0"]:
-        return self._new_row().held
+    def _closed(self, held: np.ndarray) -> np.ndarray:
+        return held
 
 
 class StreamDecoder(RowStream):
@@ -318,34 +356,41 @@ class StreamDecoder(RowStream):
     """
 
     name = "decode"
-    dtype = np.int32
+    dtype, dtype_out = np.int32, np.float32
     frame = 1
 
     @property
-    def axes(self) -> int:
-        return self.codebooks
-
-    @property
     def delay(self) -> int:
-        """Samples by which sound lags behind its codes."""
+        """Steps of time by which what comes out lags behind its codes."""
         return self.tokenizer.delay
+
+    def shape_in(self, time: int) -> tuple[int, ...]:
+        return (self.codebooks, time)
+
+    def shape_out(self, time: int) -> tuple[int, ...]:
+        return (self.tokenizer.channels, time)
 
     def _checked_piece(self, piece: np.ndarray) -> Int[np.ndarray, "codebooks frames"]:
         if piece.ndim != 2 or len(piece) != self.codebooks:
             raise OmniError(f"codes must be [{self.codebooks} codebooks, frames], got the shape {list(piece.shape)}")
         return self.tokenizer._checked_codes(piece[None]).ids[0]
 
-    def _output(self, row: Row, y: np.ndarray, count: int) -> Float[np.ndarray, "channels samples"]:
-        """The samples made, without those before the sound begins and after it ends."""
-        start, step = row.made - self.delay, self.tokenizer.samples_per_frame
+    def _output(self, row: Row, y: np.ndarray, count: int) -> Num[np.ndarray, "*axes"]:
+        """The steps of time made, without those before the beginning and after the end."""
+        made, step = row.made, self.tokenizer.frame_length
         row.made += count * step
-        return y[:, max(0, -start) : min(count * step, row.pushed * step - start)]
+        start, stop = self.delay + self.tokenizer.lead - made, row.pushed * step + self.delay - made
+        return self._cut(y, max(0, start), min(count * step, stop))
 
-    def _empty(self) -> Float[np.ndarray, "channels 0"]:
-        return np.zeros((self.tokenizer.channels, 0), np.float32)
+    def _closed(self, held: np.ndarray) -> np.ndarray:
+        closing = np.full(self.shape_in(self.tokenizer.closing_frames), -1, np.int32)
+        return np.concatenate([held, closing], self.axis)
 
-    def _closing(self) -> Int[np.ndarray, "codebooks frames"]:
-        return np.full((self.codebooks, self.tokenizer.closing_frames), -1, np.int32)
+
+def check_stream(rows: int, frames: int) -> None:
+    """A UsageError unless a stream can have so many rows and take so many frames at a time."""
+    if not all(isinstance(number, int) and number >= 1 for number in (rows, frames)):
+        raise UsageError(f"a stream has at least 1 row and takes at least 1 frame, got {rows!r} and {frames!r}")
 
 
 def _along(mask: Array, x: Array) -> Array:

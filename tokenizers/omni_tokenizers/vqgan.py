@@ -424,7 +424,7 @@ class GridTokenizer(NetTokenizer):
         if not whole.all():
             raise OmniError(f"codes must not be empty, got the shape {list(codes.ids.shape)}")
         pixels = self._in_chunks(self._decode, codes.ids, rows=_rows(whole))
-        return pixels if codes.sizes is None else _cropped(pixels, codes.sizes)
+        return pixels if codes.sizes is None else cropped(pixels, codes.sizes)
 
 
 class VQGANTokenizer(GridTokenizer):
@@ -470,7 +470,7 @@ def _rows(sizes: Int[np.ndarray, " axes"]) -> int:
     return 1 << max(PIXELS // int(np.prod(sizes, dtype=np.int64)), 1).bit_length() - 1
 
 
-def _cropped(pixels: UInt8[np.ndarray, "batch ... 3"], sizes) -> UInt8[np.ndarray, "batch ... 3"]:
+def cropped(pixels: UInt8[np.ndarray, "batch ... 3"], sizes) -> UInt8[np.ndarray, "batch ... 3"]:
     """Pixels up to the largest of `sizes`, black beyond each picture's own; an OmniError if they are no such sizes."""
     sizes, whole = np.asarray(sizes), np.array(pixels.shape[1:-1])
     if sizes.shape != (len(pixels), len(whole)) or sizes.dtype.kind not in "iu":
@@ -481,6 +481,7 @@ def _cropped(pixels: UInt8[np.ndarray, "batch ... 3"], sizes) -> UInt8[np.ndarra
         )
     for axis, size in enumerate(sizes.max(0, initial=0), 1):
         inside = np.arange(size) < sizes[:, axis - 1, None]
-        pixels = pixels.take(np.arange(size), axis)
-        pixels = pixels * np.expand_dims(inside, [other for other in range(1, pixels.ndim) if other != axis])
+        pixels = pixels[(slice(None),) * axis + (slice(size),)]
+        if not inside.all():
+            pixels = pixels * np.expand_dims(inside, [other for other in range(1, pixels.ndim) if other != axis])
     return pixels

@@ -13,12 +13,12 @@ from jaxtyping import Array, Float, Int
 
 from omni_tokenizers.codes import Codes, as_codes
 from omni_tokenizers.errors import OmniError
-from omni_tokenizers.streaming import StreamingTokenizer
+from omni_tokenizers.streaming import StreamingCodec
 
 _SAMPLES = 1 << 20  # that go through a net together: some 100 MB in each of its widest layers
 
 
-class WaveformTokenizer(StreamingTokenizer):
+class WaveformTokenizer(StreamingCodec):
     """Sound [batch, channels, samples] to codes [batch, codebooks, frames] and back.
 
     The configuration has sample_rate, channels, codebooks, codebook_size and samples_per_frame; the net has

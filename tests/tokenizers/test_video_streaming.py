@@ -1,0 +1,155 @@
+"""Streams of video equal the whole: any pieces, rows that begin and end when they like, memory that stays, refusals."""
+
+import gc
+import tracemalloc
+
+import jax
+import numpy as np
+import pytest
+import streaming_cases
+import video_cases
+from flax import nnx
+from hypothesis import given, settings
+from streaming_cases import ROWS
+
+from omni_tokenizers.carried import Carried
+from omni_tokenizers.errors import OmniError, UsageError
+from omni_tokenizers.quantizers import FSQConfig
+from omni_tokenizers.video import VideoTokenizerConfig
+
+MOST = 14
+"""Frames of a video, or of codes, at the most."""
+FRAMES = {"one stage": 1, "two stages": 2, "every frame": 3}
+"""What a step takes."""
+THOROUGH = settings(max_examples=25, deadline=None, derandomize=True)
+EVENTS = streaming_cases.events([0, 0, 1, 2, 3, 5, 9])
+
+
+@pytest.mark.parametrize("name", FRAMES)
+@given(EVENTS)
+@THOROUGH
+def test_encoding_equals_the_whole_for_any_pieces(name, events):
+    """Codes of a row's pieces are those of its video: from the first frame to the last, whose codes may be begun."""
+    tokenizer = video_cases.tokenizer(name)
+    encoder = tokenizer.stream(ROWS, frames=FRAMES[name]).encoder
+
+    def source(seed):
+        return video_cases.videos(MOST, seed=seed)[0]
+
+    for video, codes in streaming_cases.streamed(encoder, source, events, MOST, axis=0):
+        assert codes.dtype == np.int32 and codes.shape[1:] == tokenizer.grid
+        assert len(codes) == (tokenizer.frames(len(video)) if len(video) else 0)
+        if len(video):
+            np.testing.assert_array_equal(codes, tokenizer.encode(video[None]).ids[0])
+
+
+@pytest.mark.parametrize("name", FRAMES)
+@given(EVENTS)
+@THOROUGH
+def test_decoding_equals_the_whole_for_any_pieces(name, events):
+    """Frames of a row's pieces are those of its codes, to within a level."""
+    tokenizer = video_cases.tokenizer(name)
+    decoder = tokenizer.stream(ROWS, frames=FRAMES[name]).decoder
+
+    def source(seed):
+        return np.random.default_rng(seed).integers(0, 125, (MOST, 2, 2)).astype(np.int32)
+
+    for codes, video in streaming_cases.streamed(decoder, source, events, MOST, axis=0):
+        assert video.dtype == np.uint8 and video.shape[1:] == (8, 8, 3)
+        assert len(video) == max(0, 1 + (len(codes) - 1) * tokenizer.config.strides[0])
+        if len(codes):
+            whole = tokenizer.decode(codes[None])[0]
+            assert np.abs(video.astype(int) - whole).max() <= 1
+
+
+def test_codes_and_frames_come_as_soon_as_they_can():
+    """The first frame's codes with it, all others with the last of their four frames; all frames of codes at once."""
+    encoder, decoder = video_cases.tokenizer().stream()
+    video = video_cases.videos(9)[0]
+    codes = [encoder.push([frame[None]])[0] for frame in video]
+    assert [len(each) for each in codes] == [1, 0, 0, 0, 1, 0, 0, 0, 1]
+    assert [len(decoder.push([each])[0]) for each in codes] == [1, 0, 0, 0, 4, 0, 0, 0, 4]
+    assert len(encoder.finish()) == len(decoder.finish()) == decoder.delay == 0
+
+
+def test_streams_leave_the_tokenizer_as_it_is():
+    """Weights are shared, nothing is carried outside of a stream, and streams of one shape share what is compiled."""
+    tokenizer = video_cases.random_tokenizer(video_cases.CONFIGS["one stage"])
+    for _ in range(2):
+        tokenizer.stream().encoder.push([video_cases.videos(5)[0]])
+    assert not jax.tree.leaves(nnx.filter_state(tokenizer.state, Carried))
+    step = tokenizer.step("encode", 1)
+    assert step.run._cache_size() == 1
+    shared = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tokenizer.state)}
+    assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(step.weights)} <= shared
+
+
+@pytest.mark.parametrize(
+    ("half", "piece", "message"),
+    [
+        ("encoder", np.zeros((8, 8, 3), np.uint8), r"row 1: a piece must be \[time, height, width, 3\]"),
+        ("encoder", np.zeros((2, 8, 8, 3), np.float32), "row 1: .*uint8"),
+        ("encoder", np.zeros((2, 8, 9, 3), np.uint8), "row 1: .*resize"),
+        ("decoder", np.zeros((2, 2), np.int32), r"row 1: codes must be \[frames, rows, columns\]"),
+        ("decoder", np.full((1, 2, 2), 125), "row 1: code 125 is outside"),
+        ("decoder", np.zeros((1, 3, 2), int), "row 1: .*2, 2"),
+    ],
+)
+def test_bad_pieces_are_refused_whole(half, piece, message):
+    """The row is named, and no row took anything: the stream goes on as if nothing had been pushed."""
+    stream, clean = (getattr(video_cases.tokenizer().stream(2), half) for _ in range(2))
+    good = video_cases.videos(3)[0] if half == "encoder" else np.ones((2, 2, 2), np.int32)
+    with pytest.raises(OmniError, match=message):
+        stream.push([good, piece])
+    for ours, theirs in zip(stream.push([good, None]), clean.push([good, None]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_streams_of_no_rows_are_refused():
+    """As for sound."""
+    with pytest.raises(UsageError, match="at least 1 row"):
+        video_cases.tokenizer().stream(0)
+
+
+def sizes() -> dict[str, int]:
+    """Bytes of JAX's arrays and of what Python and NumPy hold."""
+    gc.collect()
+    return {"arrays": sum(x.nbytes for x in jax.live_arrays()), "python": tracemalloc.get_traced_memory()[0]}
+
+
+@pytest.mark.slow
+def test_three_hundred_frames_in_the_memory_of_half(capsys):
+    """As a stream, arrays and Python's memory are as large after 300 frames as after 150; whole, encode and decode take
+    as much beside their frames and codes. Both give the same."""
+    tokenizer = video_cases.random_tokenizer(VideoTokenizerConfig(64, 8, 4, 32, (1,), 1, FSQConfig((8, 8, 8))))
+    video = video_cases.videos(301, size=64)
+    encoder, decoder = tokenizer.stream(frames=2)
+    ids, pixels, coded, shown = np.ones((1, 76, 8, 8), np.int32), np.ones_like(video), 0, 0
+    tracemalloc.start()
+    for start in range(0, 301, 7):
+        codes = encoder.push([video[0, start : start + 7]])[0]
+        again = decoder.push([codes])[0]
+        ids[0, coded : coded + len(codes)], pixels[0, shown : shown + len(again)] = codes, again
+        coded, shown = coded + len(codes), shown + len(again)
+        if start == 147:
+            early = sizes()
+    late = sizes()
+    peaks, _ = {}, tokenizer.decode(tokenizer.encode(video[:, :149]))  # compiles
+    for time in (149, 301):
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        codes = tokenizer.encode(video[:, :time])
+        encoded = tracemalloc.get_traced_memory()[1] - before - codes.ids.nbytes
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        decoded = tokenizer.decode(codes)
+        peaks[time] = {"encode": encoded, "decode": tracemalloc.get_traced_memory()[1] - before - decoded.nbytes}
+    tracemalloc.stop()
+    with capsys.disabled():
+        print(f"\nat 154 frames {early}, at 301 {late}; whole, beside frames and codes: {peaks}")
+    assert late["arrays"] == early["arrays"] and late["python"] - early["python"] < 1 << 16
+    assert all(peaks[301][name] - peaks[149][name] < 1 << 18 for name in ("encode", "decode"))
+    assert len(encoder.finish()) == len(decoder.finish()) == 0
+    assert (coded, shown) == (76, 301)
+    np.testing.assert_array_equal(ids, codes.ids)
+    assert np.abs(pixels.astype(int) - decoded).max() <= 1
