@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from omni_tokenizers.emu3 import Emu3Config, Emu3Tokenizer
 from omni_tokenizers.quantizers import FSQConfig
-from omni_tokenizers.video import VideoAutoencoder, VideoTokenizer, VideoTokenizerConfig
+from omni_tokenizers.video import VideoTokenizer, VideoTokenizerConfig
+from omni_tokenizers.video_streaming import VideoStreams
 
 CONFIGS = {
     "one stage": VideoTokenizerConfig(8, 4, 4, 8, (1,), 1, FSQConfig((5, 5, 5))),
@@ -17,15 +19,29 @@ CONFIGS = {
 }
 
 
+EMU3 = Emu3Config(
+    image_size=8,
+    channels=32,
+    multipliers=(1, 1, 1),
+    residual_blocks=1,
+    attention_stages=(),
+    latent_channels=4,
+    codebook_size=125,
+    temporal_downsampling=4,
+)
+STREAMING = CONFIGS | {"emu3": EMU3}
+
+
 @functools.cache
-def tokenizer(name: str = "one stage") -> VideoTokenizer:
+def tokenizer(name: str = "one stage") -> VideoStreams:
     """The tokenizer called `name`."""
-    return random_tokenizer(CONFIGS[name])
+    return random_tokenizer(STREAMING[name])
 
 
-def random_tokenizer(config: VideoTokenizerConfig) -> VideoTokenizer:
+def random_tokenizer(config: VideoTokenizerConfig | Emu3Config) -> VideoStreams:
     """Noise in every parameter, so that no layer passes for being at its start."""
-    graphdef, params, rest = nnx.split(VideoAutoencoder(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    kind = VideoTokenizer if isinstance(config, VideoTokenizerConfig) else Emu3Tokenizer
+    graphdef, params, rest = nnx.split(kind.net_class(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
     generator = np.random.default_rng(0)
 
     def noisy(path, x):
@@ -33,7 +49,7 @@ def random_tokenizer(config: VideoTokenizerConfig) -> VideoTokenizer:
         return jnp.asarray((path[-2].key == "scale") + generator.normal(size=x.shape) * scale, jnp.float32)
 
     params = jax.tree_util.tree_map_with_path(noisy, params)
-    return VideoTokenizer(config, nnx.merge(graphdef, params, rest))
+    return kind(config, nnx.merge(graphdef, params, rest))
 
 
 def videos(time: int, batch: int = 1, size: int = 8, seed: int = 0) -> np.ndarray:

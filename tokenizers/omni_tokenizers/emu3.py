@@ -18,10 +18,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
+from omni_tokenizers.carried import Past
 from omni_tokenizers.codebooks import Codebook
 from omni_tokenizers.errors import UsageError
 from omni_tokenizers.image import as_pixels, normalized
 from omni_tokenizers.layers import Conv2d, Conv3d
+from omni_tokenizers.streaming import Stream
+from omni_tokenizers.video_streaming import VideoStreams
 from omni_tokenizers.vqgan import PIXELS, Decoder, Encoder, GridTokenizer, GroupNorm, PyramidConfig, repeated
 
 _EPSILON = 1e-5
@@ -52,6 +55,11 @@ class Emu3Config(PyramidConfig):
         return (self.temporal_downsampling, self.downsampling, self.downsampling)
 
     @property
+    def side(self) -> int:
+        """Rows and columns of codes that a frame of `image_size` has."""
+        return -(-self.image_size // self.downsampling)
+
+    @property
     def temporal_stages(self) -> int:
         """How many times the number of frames is halved."""
         return self.temporal_downsampling.bit_length() - 1
@@ -73,60 +81,89 @@ class SpatialNorm(nnx.Module):
         return self.group_norm(x) * repeated(self.to_scale(guide), side) + repeated(self.to_bias(guide), side)
 
 
+class CausalConv3d(Conv3d):
+    """A convolution that sees two frames of zeros before a video, and so many zeros around each frame that its size
+    stays. A stream has frames of `image_size`, and `lanes`: as many videos go through it side by side for each row."""
+
+    def __init__(
+        self,
+        config: Emu3Config,
+        size: tuple[int, int, int],
+        *,
+        time_stride: int = 1,
+        lanes: int = 1,
+        rngs: nnx.Rngs,
+    ):
+        channels = config.latent_channels
+        super().__init__(channels, channels, size, time_stride=time_stride, rngs=rngs)
+        self.past = Past(2, lanes, config.side, config.side, channels)
+
+    def __call__(
+        self, x: Float[Array, "batch time lanes rows columns channels"], lengths: Int[Array, " batch"]
+    ) -> Float[Array, "batch frames lanes rows columns channels"]:
+        border = self.kernel.shape[1] // 2
+        x = jnp.moveaxis(self.past(x, lengths), 2, 1)
+        batch, lanes = x.shape[:2]
+        x = jnp.pad(x.reshape(-1, *x.shape[2:]), ((0, 0), (0, 0), (border, border), (border, border), (0, 0)))
+        y = super().__call__(x)
+        return jnp.moveaxis(y.reshape(batch, lanes, *y.shape[1:]), 1, 2)
+
+
 class TemporalBlock(nnx.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))) over time and space, the norms by the statistics of training."""
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: Emu3Config, *, lanes: int = 1, rngs: nnx.Rngs):
+        channels = config.latent_channels
         norm = functools.partial(nnx.BatchNorm, channels, use_running_average=True, epsilon=_EPSILON, rngs=rngs)
         self.first_norm = norm()
-        self.first = Conv3d(channels, channels, (3, 3, 3), rngs=rngs)
+        self.first = CausalConv3d(config, (3, 3, 3), lanes=lanes, rngs=rngs)
         self.second_norm = norm()
-        self.second = Conv3d(channels, channels, (3, 3, 3), rngs=rngs)
+        self.second = CausalConv3d(config, (3, 3, 3), lanes=lanes, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "batch time height width channels"]
-    ) -> Float[Array, "batch time height width channels"]:
-        y = self.first(with_past(nnx.silu(self.first_norm(x)), border=1))
-        return x + self.second(with_past(nnx.silu(self.second_norm(y)), border=1))
+        self, x: Float[Array, "batch time lanes rows columns channels"], lengths: Int[Array, " batch"]
+    ) -> Float[Array, "batch time lanes rows columns channels"]:
+        y = self.first(nnx.silu(self.first_norm(x)), lengths)
+        return x + self.second(nnx.silu(self.second_norm(y)), lengths)
 
 
 class TemporalEncoder(nnx.Module):
     """Latents of frames to latents of codes: convolutions that halve time, then residual blocks."""
 
     def __init__(self, config: Emu3Config, *, rngs: nnx.Rngs):
-        channels = config.latent_channels
         self.resamples = nnx.List(
-            [Conv3d(channels, channels, (4, 3, 3), time_stride=2, rngs=rngs) for _ in range(config.temporal_stages)]
+            [CausalConv3d(config, (4, 3, 3), time_stride=2, rngs=rngs) for _ in range(config.temporal_stages)]
         )
-        self.blocks = nnx.List([TemporalBlock(channels, rngs=rngs) for _ in range(config.residual_blocks)])
+        self.blocks = nnx.List([TemporalBlock(config, rngs=rngs) for _ in range(config.residual_blocks)])
 
     def __call__(
-        self, x: Float[Array, "batch time rows columns channels"]
-    ) -> Float[Array, "batch frames rows columns channels"]:
-        for resample in self.resamples:
-            x = nnx.silu(resample(with_past(x, border=1)))
+        self, x: Float[Array, "batch time 1 rows columns channels"], frames: Int[Array, " batch"]
+    ) -> Float[Array, "batch frames 1 rows columns channels"]:
+        """Of each video so many frames of codes count."""
+        for stage, resample in enumerate(self.resamples):
+            x = nnx.silu(resample(x, frames << len(self.resamples) - stage))
         for block in self.blocks:
-            x = block(x)
+            x = block(x, frames)
         return x
 
 
 class TemporalDecoder(nnx.Module):
     """The encoder mirrored: residual blocks, then each frame doubled and convolved."""
 
-    def __init__(self, config: Emu3Config, *, rngs: nnx.Rngs):
-        channels = config.latent_channels
-        self.blocks = nnx.List([TemporalBlock(channels, rngs=rngs) for _ in range(config.residual_blocks)])
+    def __init__(self, config: Emu3Config, *, lanes: int, rngs: nnx.Rngs):
+        self.blocks = nnx.List([TemporalBlock(config, lanes=lanes, rngs=rngs) for _ in range(config.residual_blocks)])
         self.resamples = nnx.List(
-            [Conv3d(channels, channels, (3, 3, 3), rngs=rngs) for _ in range(config.temporal_stages)]
+            [CausalConv3d(config, (3, 3, 3), lanes=lanes, rngs=rngs) for _ in range(config.temporal_stages)]
         )
 
     def __call__(
-        self, x: Float[Array, "batch frames rows columns channels"]
-    ) -> Float[Array, "batch time rows columns channels"]:
+        self, x: Float[Array, "batch frames lanes rows columns channels"], frames: Int[Array, " batch"]
+    ) -> Float[Array, "batch time lanes rows columns channels"]:
+        """Of each video so many frames of codes count."""
         for block in self.blocks:
-            x = block(x)
-        for resample in self.resamples:
-            x = nnx.silu(resample(with_past(x.repeat(2, 1), border=1)))
+            x = block(x, frames)
+        for stage, resample in enumerate(self.resamples, 1):
+            x = nnx.silu(resample(x.repeat(2, 1), frames << stage))
         return x
 
 
@@ -142,10 +179,10 @@ class Emu3VQ(nnx.Module):
         channels = config.latent_channels
         self.encoder = Encoder(config, rngs=rngs)
         self.temporal_encoder = TemporalEncoder(config, rngs=rngs)
-        self.to_code = Conv3d(channels, channels, (3, 1, 1), rngs=rngs)
+        self.to_code = CausalConv3d(config, (3, 1, 1), rngs=rngs)
         self.codebook = Codebook(config.codebook_size, channels, rngs=rngs)
-        self.from_code = Conv3d(channels, channels, (3, 1, 1), rngs=rngs)
-        self.temporal_decoder = TemporalDecoder(config, rngs=rngs)
+        self.from_code = CausalConv3d(config, (3, 1, 1), rngs=rngs)
+        self.temporal_decoder = TemporalDecoder(config, lanes=2, rngs=rngs)
         norm = functools.partial(SpatialNorm, guide_channels=channels)
         self.decoder = Decoder(config, norm, rngs=rngs)
 
@@ -154,15 +191,20 @@ class Emu3VQ(nnx.Module):
         return self.codebook.codebook()
 
     def latents(
-        self, pixels: Float[Array, "batch *time height width 3"]
+        self, pixels: Float[Array, "batch *time height width 3"], frames: Int[Array, " batch"] | None = None
     ) -> Float[Array, "batch frames rows columns channels"]:
-        """Continuous latents, as they are compared to code vectors, of pictures (one frame) or videos in [-1, 1]."""
+        """Continuous latents, as they are compared to code vectors, of pictures (one frame) or videos in [-1, 1].
+
+        Args:
+            frames: how many frames of codes count of each video of a stream.
+        """
         *leading, height, width, _ = pixels.shape
         x = _a_few_at_a_time(self.encoder, height * width, pixels.reshape(-1, height, width, 3))
         x = x.reshape(*leading, *x.shape[1:])
         if len(leading) == 1:
             x = x[:, None].repeat(self.config.temporal_downsampling, 1)
-        return self.to_code(with_past(self.temporal_encoder(x), border=0))
+        frames = jnp.full(len(x), x.shape[1] // self.config.temporal_downsampling) if frames is None else frames
+        return self.to_code(self.temporal_encoder(x[:, :, None], frames), frames)[:, :, 0]
 
     def quantize(
         self, latents: Float[Array, "batch frames rows columns channels"]
@@ -173,48 +215,67 @@ class Emu3VQ(nnx.Module):
         return codes.reshape(latents.shape[:-1])
 
     def reconstruct(
-        self, codes: Int[Array, "batch *frames rows columns"]
+        self, codes: Int[Array, "batch *frames rows columns"], frames: Int[Array, " batch"] | None = None
     ) -> Float[Array, "batch *time height width 3"]:
-        """Pictures or videos, about within [-1, 1], of codes."""
+        """Pictures or videos, about within [-1, 1], of codes.
+
+        Args:
+            frames: how many frames of codes count of each video of a stream.
+        """
         is_picture = codes.ndim == 3
         vectors = self.codebook.lookup(codes[:, None] if is_picture else codes)
-        latents = self.from_code(with_past(vectors, border=0))
+        frames = jnp.full(len(vectors), vectors.shape[1]) if frames is None else frames
+        vectors = vectors[:, :, None]
+        latents = self.from_code(vectors, frames)
         # What is decoded and what guides the norms pass through time alike.
-        both = self.temporal_decoder(jnp.concatenate([latents, vectors]))
+        both = self.temporal_decoder(jnp.concatenate([latents, vectors], 2), frames)
         both = both[:, :1] if is_picture else both
-        latents, guide = (half.reshape(-1, *half.shape[2:]) for half in jnp.split(both, 2))
+        latents, guide = (both[:, :, lane].reshape(-1, *both.shape[3:]) for lane in range(2))
         pixels = latents.shape[1] * latents.shape[2] * self.config.downsampling**2
         image = _a_few_at_a_time(self.decoder, pixels, latents, guide)
         return image if is_picture else image.reshape(len(codes), -1, *image.shape[1:])
 
-    def encode(self, pixels: UInt8[Array, "batch *time height width 3"]) -> Int[Array, "batch *frames rows columns"]:
-        """Codes of pictures or videos."""
-        codes = self.quantize(self.latents(normalized(pixels)))
+    def encode(
+        self, pixels: UInt8[Array, "batch *time height width 3"], frames: Int[Array, " batch"] | None = None
+    ) -> Int[Array, "batch *frames rows columns"]:
+        """Codes of pictures or videos; `frames` as in `latents`."""
+        codes = self.quantize(self.latents(normalized(pixels), frames))
         return codes[:, 0] if pixels.ndim == 4 else codes
 
-    def decode(self, codes: Int[Array, "batch *frames rows columns"]) -> UInt8[Array, "batch *time height width 3"]:
-        """Pictures or videos of codes."""
-        return as_pixels(self.reconstruct(codes))
+    def decode(
+        self, codes: Int[Array, "batch *frames rows columns"], frames: Int[Array, " batch"] | None = None
+    ) -> UInt8[Array, "batch *time height width 3"]:
+        """Pictures or videos of codes; `frames` as in `reconstruct`."""
+        return as_pixels(self.reconstruct(codes, frames))
 
 
-class Emu3Tokenizer(GridTokenizer):
+class Emu3Tokenizer(GridTokenizer, VideoStreams):
     """Pictures uint8 [batch, height, width, 3] to codes [batch, rows, columns], videos uint8 [batch, time, height,
     width, 3] to codes [batch, frames, rows, columns], and back.
 
-    A video whose length is no multiple of the stride goes on with its last frame; decoding cuts that off.
+    A video whose length is no multiple of the stride goes on with its last frame; decoding cuts that off. Streams have
+    frames of `image_size`.
     """
 
     type = "emu3"
     config_class = Emu3Config
     net_class = Emu3VQ
     axes: ClassVar = (*GridTokenizer.axes, (("time", "height", "width"), ("frames", "rows", "columns")))
+    encoding = ("temporal_encoder", "to_code")
+    decoding = ("from_code", "temporal_decoder")
 
+    def stream(self, rows: int = 1, *, frames: int = 1) -> Stream:
+        """As `VideoStreams.stream`.
 
-def with_past(
-    x: Float[Array, "batch time height width channels"], *, border: int
-) -> Float[Array, "batch time2 height2 width2 channels"]:
-    """`x` with two frames of zeros before it and `border` zeros around each frame: what causal convolutions read."""
-    return jnp.pad(x, ((0, 0), (2, 0), (border, border), (border, border), (0, 0)))
+        Raises:
+            UsageError: numbers that do not fit, or an `image_size` that has no whole number of codes.
+        """
+        if self.config.image_size % self.config.downsampling:
+            raise UsageError(
+                f"streams have frames of image_size, which is {self.config.image_size} and no multiple of "
+                f"{self.config.downsampling}"
+            )
+        return super().stream(rows, frames=frames)
 
 
 def _a_few_at_a_time(function: Callable[..., Array], pixels: int, *frames: Array) -> Array:

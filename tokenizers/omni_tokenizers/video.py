@@ -25,7 +25,7 @@ from omni_tokenizers.errors import UsageError
 from omni_tokenizers.image import Convolution, ResidualBlock, as_pixels, depth_to_space, normalized, space_to_depth
 from omni_tokenizers.losses.image import ImageLosses
 from omni_tokenizers.quantizers import Quantized, SingleQuantizerConfig, VectorQuantizerConfig, make_quantizer
-from omni_tokenizers.video_streaming import VideoStreamingTokenizer
+from omni_tokenizers.video_streaming import SteppedVideoTokenizer
 
 # Bounds for descriptions that come with files from elsewhere.
 _LARGEST = 1 << 20
@@ -192,7 +192,7 @@ class VideoAutoencoder(nnx.Module):
         return self.reconstruct(quantized.quantized, frames)[:, lead:], quantized
 
 
-class VideoTokenizer(VideoStreamingTokenizer):
+class VideoTokenizer(SteppedVideoTokenizer):
     """Square videos, and pictures, to codes and back."""
 
     type = "video"
@@ -213,14 +213,6 @@ class VideoTokenizer(VideoStreamingTokenizer):
     def code_vectors(self) -> tuple[Float[np.ndarray, "codes code_dim"]]:
         """The vectors of the codes, float32."""
         return (np.asarray(self.net.quantizer.codebook()),)
-
-    @staticmethod
-    def _encode_step(net, video, lengths, *, codebooks):
-        return net.encode(video, lengths // net.config.temporal_downsampling)
-
-    @staticmethod
-    def _decode_step(net, ids, frames):
-        return net.decode(ids, frames)
 
 
 def each_frame(

@@ -5,7 +5,6 @@ Both take the same compiled steps, so that a whole video needs the memory of its
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -19,18 +18,12 @@ from omni_tokenizers.vqgan import PIXELS, cropped
 _AXES = ("batch", "frames", "rows", "columns")
 
 
-class VideoStreamingTokenizer(StreamingTokenizer):
-    """Videos uint8 [batch, time, height, width, 3] to codes int32 [batch, frames, rows, columns] and back, and pictures
-    uint8 [batch, height, width, 3], which are videos of one frame, to codes [batch, rows, columns] and back.
+class VideoStreams(StreamingTokenizer):
+    """A tokenizer with streams of video: frames uint8 [time, height, width, 3] to codes int32 [frames, rows, columns].
 
-    The first frame of codes stands for the first frame alone: `lead` copies of it go before a video, so that every
-    frame of codes is made of as many. A video whose length does not fit goes on with its last frame; decoding cuts that
-    off where `Codes.sizes` knows the length.
-
-    The configuration has `strides`, `image_size` and a quantiser of one level.
+    Its net has ``encode(video, frames)`` and ``decode(codes, frames)``, of which the first `frames` frames of codes of
+    each row count; the configuration has `strides` and `image_size`.
     """
-
-    modality = "video"
 
     @property
     def frame_length(self) -> int:
@@ -40,6 +33,58 @@ class VideoStreamingTokenizer(StreamingTokenizer):
     def frame_shape(self) -> tuple[int, int, int]:
         """Of a video's frames."""
         return (self.config.image_size, self.config.image_size, 3)
+
+    def stream(self, rows: int = 1, *, frames: int = 1) -> Stream:
+        """An encoder and a decoder that take videos and codes by pieces: `encoder, decoder = tokenizer.stream()`.
+
+        What comes out of a row's pieces together is what `encode` and `decode` give for all of them at once.
+
+        Args:
+            rows: videos at a time, each of which begins and ends on its own.
+            frames: frames of codes that a step takes of a row; more are faster in all, and later.
+        Raises:
+            UsageError: numbers that do not fit.
+        """
+        check_stream(rows, frames)
+        return Stream(VideoStreamEncoder(self, rows, frames), VideoStreamDecoder(self, rows, frames))
+
+    @staticmethod
+    def _encode_step(net, video, lengths, *, codebooks):
+        return net.encode(video, lengths // net.config.strides[0])
+
+    @staticmethod
+    def _decode_step(net, ids, frames):
+        return net.decode(ids, frames)
+
+    def _checked(self, x: np.ndarray) -> UInt8[np.ndarray, "batch *time height width 3"]:
+        if x.dtype != np.uint8:
+            raise OmniError(f"videos must be uint8 (0 to 255), got {x.dtype}; convert them first")
+        if x.ndim not in (4, 5) or x.shape[-3:] != self.frame_shape or 0 in x.shape[1:]:
+            size = ", ".join(map(str, self.frame_shape))
+            wanted = f"[batch, time, {size}] or, pictures, [batch, {size}]"
+            raise OmniError(f"videos must be {wanted} and not empty, got {list(x.shape)}; resize them")
+        return x
+
+    def _checked_codes(self, codes) -> Codes:
+        axes = _AXES if np.ndim(codes) != 3 else (_AXES[0], *_AXES[2:])
+        codes = as_codes(codes, axes=axes, size=self.codebook_sizes[0])
+        if codes.ids.shape[-2:] != self.grid or 0 in codes.ids.shape[1:]:
+            rows, columns = self.grid
+            wanted = f"[batch, frames, {rows}, {columns}] or, of pictures, [batch, {rows}, {columns}]"
+            raise OmniError(f"codes must be {wanted} and not empty, got {list(codes.ids.shape)}")
+        return codes
+
+
+class SteppedVideoTokenizer(VideoStreams):
+    """Videos uint8 [batch, time, height, width, 3] to codes int32 [batch, frames, rows, columns] and back, and pictures
+    uint8 [batch, height, width, 3], which are videos of one frame, to codes [batch, rows, columns] and back.
+
+    The first frame of codes stands for the first frame alone: `lead` copies of it go before a video, so that every
+    frame of codes is made of as many. A video whose length does not fit goes on with its last frame; decoding cuts that
+    off where `Codes.sizes` knows the length.
+    """
+
+    modality = "video"
 
     def frames(self, time: int) -> int:
         """Frames of codes that a video of so many frames takes."""
@@ -92,25 +137,6 @@ class VideoStreamingTokenizer(StreamingTokenizer):
             return video[:, 0]
         return video if codes.sizes is None else cropped(video, codes.sizes)
 
-    def stream(self, rows: int = 1, *, frames: int = 1) -> Stream:
-        """An encoder and a decoder that take videos and codes by pieces: `encoder, decoder = tokenizer.stream()`.
-
-        What comes out of a row's pieces together is what `encode` and `decode` give for all of them at once.
-
-        Args:
-            rows: videos at a time, each of which begins and ends on its own.
-            frames: frames of codes that a step takes of a row; more are faster in all, and later.
-        Raises:
-            UsageError: numbers that do not fit.
-        """
-        check_stream(rows, frames)
-        return Stream(VideoStreamEncoder(self, rows, frames), VideoStreamDecoder(self, rows, frames))
-
-    @staticmethod
-    @abc.abstractmethod
-    def _encode_step(net, video: UInt8[np.ndarray, "rows time height width 3"], lengths, *, codebooks: int):
-        """Codes [rows, frames, rows, columns]; the time and all lengths are multiples of the stride."""
-
     def _in_steps(
         self, name: str, batch: int, frames: int, take: Callable[[np.ndarray, int, int], np.ndarray]
     ) -> Iterator[tuple[slice, int, np.ndarray]]:
@@ -134,24 +160,6 @@ class VideoStreamingTokenizer(StreamingTokenizer):
                 y = np.asarray(y)
                 kept = y.shape[1] // count * min(count, frames - start)
                 yield slice(first, first + number), start, y[: batch - first, :kept]
-
-    def _checked(self, x: np.ndarray) -> UInt8[np.ndarray, "batch *time height width 3"]:
-        if x.dtype != np.uint8:
-            raise OmniError(f"videos must be uint8 (0 to 255), got {x.dtype}; convert them first")
-        if x.ndim not in (4, 5) or x.shape[-3:] != self.frame_shape or 0 in x.shape[1:]:
-            size = ", ".join(map(str, self.frame_shape))
-            wanted = f"[batch, time, {size}] or, pictures, [batch, {size}]"
-            raise OmniError(f"videos must be {wanted} and not empty, got {list(x.shape)}; resize them")
-        return x
-
-    def _checked_codes(self, codes) -> Codes:
-        axes = _AXES if np.ndim(codes) != 3 else (_AXES[0], *_AXES[2:])
-        codes = as_codes(codes, axes=axes, size=self.codebook_sizes[0])
-        if codes.ids.shape[-2:] != self.grid or 0 in codes.ids.shape[1:]:
-            rows, columns = self.grid
-            wanted = f"[batch, frames, {rows}, {columns}] or, of pictures, [batch, {rows}, {columns}]"
-            raise OmniError(f"codes must be {wanted} and not empty, got {list(codes.ids.shape)}")
-        return codes
 
 
 class VideoStreamEncoder(StreamEncoder):
