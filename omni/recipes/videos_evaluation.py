@@ -54,9 +54,8 @@ def measure_k_means(
     except ImportError:
         raise OmniError("k-means needs scikit-learn: pip install 'omni-any-to-any[quickstart]'") from None
     frames, codes = moves.shape[1], tokenizer.codebook_sizes[0]
-    training = boxes(_training_moves(config.boxes, tokenizer, frames), tokenizer).reshape(-1, _values(tokenizer))
-    chosen = training[np.random.default_rng(0).permutation(len(training))[: config.boxes]]
-    fit = KMeans(codes, n_init=config.starts, max_iter=config.iterations, random_state=0).fit(chosen)
+    training = _training_boxes(config.boxes, tokenizer, frames)
+    fit = KMeans(codes, n_init=config.starts, max_iter=config.iterations, random_state=0).fit(training)
     cut = boxes(moves, tokenizer)
     nearest = pairwise_distances_argmin(cut.reshape(-1, cut.shape[-1]), fit.cluster_centers_)
     quantized = fit.cluster_centers_[nearest].reshape(cut.shape)
@@ -93,15 +92,15 @@ def evaluate(tokenizer: VideoTokenizer, config: KMeansConfig, frames: int = 17, 
     }
 
 
-def _training_moves(number: int, tokenizer: VideoTokenizer, frames: int) -> UInt8[np.ndarray, "n frames size size 3"]:
-    """Four times as many boxes as are asked for, so that they come from many moves."""
-    moves = videos.CameraMoves(tokenizer.image_size, frames).dataset(0)
-    each = tokenizer.frames(frames) * math.prod(tokenizer.grid)
-    return np.stack([moves[index]["video"] for index in range(-(-4 * number // each))])
-
-
-def _values(tokenizer: VideoTokenizer) -> int:
-    return 3 * math.prod(tokenizer.config.strides)
+def _training_boxes(number: int, tokenizer: VideoTokenizer, frames: int) -> Float[np.ndarray, "number values"]:
+    """A quarter of the boxes of each move, drawn at random, so that they come from many moves."""
+    moves, rng = videos.CameraMoves(tokenizer.image_size, frames).dataset(0), np.random.default_rng(0)
+    each = max(1, tokenizer.frames(frames) * math.prod(tokenizer.grid) // 4)
+    drawn = []
+    for index in range(-(-number // each)):
+        cut = boxes(moves[index]["video"][None], tokenizer)
+        drawn.append(rng.permutation(cut.reshape(-1, cut.shape[-1]))[:each])
+    return np.concatenate(drawn)[:number]
 
 
 def main() -> None:
