@@ -21,7 +21,9 @@ from omni.recipes.digits_examples import SpokenDigits
 from omni.train import tokenizers
 from omni.train.loop import train
 from omni.train.metrics import read_metrics
+from omni.train.tokenizers import ImageAdversary
 from omni_tokenizers import weights
+from omni_tokenizers.discriminators import PatchDiscriminatorConfig
 from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.losses.image import ImageLosses
 
@@ -166,6 +168,21 @@ def test_videos_fit_the_net():
         task.prepared(small)
     with pytest.raises(UsageError, match="trains VideoTokenizerConfig, not EncodecConfig"):
         dataclasses.replace(task, tokenizer=TASKS["encodec"].tokenizer)
+
+
+def test_a_discriminator_sees_the_frames_of_a_video():
+    """One by one, as pictures, and each counts."""
+    task = dataclasses.replace(TASKS["video"], adversary=ImageAdversary(discriminator=PatchDiscriminatorConfig(32, 1)))
+    batch, seen = stack([task.dataset(0)[index] for index in range(2)]), []
+
+    def losses():
+        net, critic = task.build(nnx.Rngs(0)), task.build_critic(nnx.Rngs(1))
+        (total, weight, metrics), shown = task.adversarial_loss(net, critic, batch, jax.random.key(0))
+        seen.append({name: value.shape for name, value in shown.items()})
+        return total, weight, task.critic_loss(critic, shown)[0], metrics["adversarial"][0]
+
+    assert {value.shape for value in jax.eval_shape(losses)} == {()}
+    assert seen == [{"original": (10, 16, 16, 3), "estimate": (10, 16, 16, 3), "counts": (10,)}]
 
 
 def test_losses_of_a_video_are_those_of_its_frames():

@@ -147,9 +147,10 @@ class SteppedVideoTokenizer(VideoStreams):
         Yields:
             (rows, start, output): of these rows, from this frame of codes on.
         """
-        together = max(1, PIXELS // (self.frame_length * self.frame_shape[0] * self.frame_shape[1]))
-        count = min(_power_of_two(frames), 1 << together.bit_length() - 1)
-        number = min(_power_of_two(batch), max(1, (1 << together.bit_length() - 1) // count))
+        pixels = self.frame_length * self.frame_shape[0] * self.frame_shape[1]
+        together = 1 << max(1, PIXELS // pixels).bit_length() - 1  # frames of codes, of all rows
+        count = min(_power_of_two(frames), together)
+        number = min(_power_of_two(batch), together // count)
         step = self.step(name, number)
         lengths = np.full(number, count * (self.frame_length if name == "encode" else 1), np.int32)
         for first in range(0, batch, number):
