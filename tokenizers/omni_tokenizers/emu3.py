@@ -82,8 +82,8 @@ class SpatialNorm(nnx.Module):
 
 
 class CausalConv3d(Conv3d):
-    """A convolution that sees two frames of zeros before a video, and so many zeros around each frame that its size
-    stays. A stream has frames of `image_size`, and `lanes`: as many videos go through it side by side for each row."""
+    """A convolution that reaches back over two frames, zeros before a video, and keeps the size of frames by zeros around
+    them. Of each row several videos, `lanes`, go through it side by side; frames of a stream have `image_size`."""
 
     def __init__(
         self,
