@@ -221,6 +221,7 @@ def moving(number, generator):
     return video.astype(np.uint8)
 
 
+@pytest.mark.slow
 def test_it_learns():
     """A few steps reconstruct simple videos; every gradient is finite, and every parameter has one."""
     config = VideoTokenizerConfig(16, 2, 4, 16, (1, 2), 1, VectorQuantizerConfig(64, 8, decay=0.9))

@@ -82,8 +82,9 @@ class SpatialNorm(nnx.Module):
 
 
 class CausalConv3d(Conv3d):
-    """A convolution that reaches back over two frames, zeros before a video, and keeps the size of frames by zeros around
-    them. Of each row several videos, `lanes`, go through it side by side; frames of a stream have `image_size`."""
+    """A convolution that reaches back over two frames, zeros before a video, and keeps the size of frames by zeros
+    around them. Of each row several videos, `lanes`, go through it side by side; a stream's frames have `image_size`.
+    """
 
     def __init__(
         self,
