@@ -69,7 +69,7 @@ setup(
         "test": TEST,
         "speech": ["pesq>=0.0.4,<0.1"],  # compiled when it is installed
         "torch": ["torch>=2.6,<3"],
-        "parity": [*TEST, "torch==2.13.0", "torchvision==0.28.0", "transformers==5.23.0"],
+        "parity": [*TEST, "torch==2.13.0", "transformers==5.23.0"],
         "aot": ["libtpu==0.0.42"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "gpu": ["jax[cuda13]>=0.10.2,<0.13"],

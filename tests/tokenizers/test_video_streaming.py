@@ -67,6 +67,13 @@ def test_decoding_equals_the_whole_for_any_pieces(name, events):
             assert not len(video)
 
 
+@pytest.mark.slow
+def test_emu3_is_no_constant():
+    """The one of these tests, or none of them would show anything."""
+    codes = video_cases.tokenizer("emu3").encode(video_cases.videos(32, 2, seed=5))
+    assert len(np.unique(codes.ids)) > 20 and video_cases.tokenizer("emu3").decode(codes).std() > 10
+
+
 def test_codes_and_frames_come_as_soon_as_they_can():
     """The first frame's codes with it, all others with the last of their four frames; all frames of codes at once."""
     encoder, decoder = video_cases.tokenizer().stream()

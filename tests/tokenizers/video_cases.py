@@ -49,7 +49,12 @@ def random_tokenizer(config: VideoTokenizerConfig | Emu3Config) -> VideoStreams:
         return jnp.asarray((path[-2].key == "scale") + generator.normal(size=x.shape) * scale, jnp.float32)
 
     params = jax.tree_util.tree_map_with_path(noisy, params)
-    return kind(config, nnx.merge(graphdef, params, rest))
+    net = nnx.merge(graphdef, params, rest)
+    if kind is Emu3Tokenizer:
+        # Codes that are latents of a video, so that many are in use.
+        latents = nnx.jit(lambda net, x: net.latents(x / 127.5 - 1))(net, videos(64, 2).astype(np.float32))
+        net.codebook.vectors[...] = latents.reshape(-1, latents.shape[-1])[: config.codebook_size]
+    return kind(config, net)
 
 
 def videos(time: int, batch: int = 1, size: int = 8, seed: int = 0) -> np.ndarray:
