@@ -91,11 +91,14 @@ def error(ours, theirs: np.ndarray) -> float:
     return float(np.abs(np.asarray(ours, np.float64) - theirs).max() / np.sqrt(np.square(theirs).mean()))
 
 
-def codebook_amid(values: np.ndarray, size: int, seed: int = 2) -> np.ndarray:
-    """Codes near latents that occur, so that most of them are used; where these are few, several codes near each."""
+def codebook_amid(values: np.ndarray, size: int, seed: int = 2, spread: float = 0.1) -> np.ndarray:
+    """Codes near latents that occur, so that most of them are used; where these are few, several codes near each.
+
+    `spread` is how far they are from these, as a share of the latents' own spread.
+    """
     generator, flat = np.random.default_rng(seed), values.reshape(-1, values.shape[-1])
     chosen = flat[generator.permutation(max(len(flat), size))[:size] % len(flat)]
-    return (chosen + 0.1 * flat.std() * generator.standard_normal(chosen.shape)).astype(np.float32)
+    return (chosen + spread * flat.std() * generator.standard_normal(chosen.shape)).astype(np.float32)
 
 
 def check_codes(ours, theirs: np.ndarray, codebook: np.ndarray) -> int:
