@@ -360,7 +360,7 @@ def _print_written(directory: Path) -> None:
 
 
 def run_tokenizer_eval(options: argparse.Namespace) -> None:
-    from omni.tokenizer_tools import evaluate_files
+    from omni.tokenizer_evaluation import evaluate_files
 
     weights = {"lpips_weights": options.lpips_weights, "inception_weights": options.inception_weights}
     print(json.dumps(evaluate_files(options.directory, options.files, fps=options.fps, **weights), indent=2))

@@ -111,10 +111,10 @@ class Processor:
     def _encode_videos(self, parts: Sequence[Video]) -> list[Int[np.ndarray, "1 frames rows columns"]]:
         tokenizer, rate = self.tokenizer("video"), self._declared_rate()
         size, step = tokenizer.config.image_size, tokenizer.config.strides[0]
-        most = step * max(frames for frames, _, _ in self.grammar.layouts["video"].shapes)
+        most = step * max(frames for frames, _, _ in self.grammar.layouts["video"].shapes) - tokenizer.lead
         codes = []
         for part in parts:
-            if part.seconds * rate >= most:  # some tokenizers take a little less, which the grammar finds
+            if part.seconds * rate >= most:
                 limit = f"{most} frames at {rate:g} a second"
                 raise OmniError(f"a video of {part.seconds:.2f} s is too long: this model takes at most {limit}")
             frames = part.resample(rate).resize_crop(size, size).frames

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,26 +62,30 @@ class Reply:
         """Writes each part to a file numbered by its place (`1.txt`, `2.png`, `3.wav`, `4.mp4`); returns the paths.
 
         `reply.json` beside them lists the files in order. Those that it lists of a reply saved there before are
-        removed; no other file is.
+        removed, once all of this one is written; no other file is.
 
         Raises:
-          OmniError: if a file cannot be written.
+          OmniError: if a file cannot be written, or `reply.json` is another program's.
         """
         directory = Path(directory)
         index = directory / INDEX
+        endings = {"text": "txt", "image": "png", "audio": "wav", "video": "mp4"}
+        names = [f"{place}.{endings[part.modality]}" for place, part in enumerate(self.parts, start=1)]
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            for name in _listed(index):
-                (directory / name).unlink(missing_ok=True)
+            before = _listed(index)
+            with tempfile.TemporaryDirectory(dir=directory, prefix=".reply-") as partial:
+                for name, part in zip(names, self.parts, strict=True):
+                    part.save(Path(partial) / name)
+                for name in before:
+                    (directory / name).unlink(missing_ok=True)
+                for name in names:
+                    (Path(partial) / name).replace(directory / name)
         except OSError as error:
             raise OmniError(f"{directory}: no reply can be written there ({error.strerror})") from None
-        endings = {"text": "txt", "image": "png", "audio": "wav", "video": "mp4"}
-        paths = [directory / f"{place}.{endings[part.modality]}" for place, part in enumerate(self.parts, start=1)]
-        content = {"files": [path.name for path in paths], "well_formed": self.well_formed}
+        content = {"files": names, "well_formed": self.well_formed}
         media.write_file(index, (json.dumps(content) + "\n").encode())
-        for path, part in zip(paths, self.parts, strict=True):
-            part.save(path)
-        return paths
+        return [directory / name for name in names]
 
     def __repr__(self) -> str:
         note = "" if self.well_formed else ", not well-formed"
@@ -112,12 +117,14 @@ class Event:
 
 
 def _listed(index: Path) -> list[str]:
-    """The files of a reply that was saved before; none where the index is absent, or is another program's."""
+    """The files of a reply that was saved before; none if there is no index, an `OmniError` if it is no reply's."""
+    if not index.exists():
+        return []
     try:
         names = json.loads(index.read_text())["files"]
-        return [name for name in names if re.fullmatch(r"\d+\.(txt|png|wav|mp4)", str(name))]  # nothing elsewhere
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return []
+        return [name for name in names if re.fullmatch(r"\d+\.(txt|png|wav|mp4)", name)]  # nothing elsewhere
+    except (ValueError, KeyError, TypeError):
+        raise OmniError(f"{index}: is there, and lists no reply; choose another directory") from None
 
 
 def make_replies(processor: Processor, generated: Sequence[tuple[Int[np.ndarray, " tokens"], bool]]) -> list[Reply]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import logging
-import math
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +13,9 @@ from etils import epath
 from jaxtyping import Float, UInt8
 
 import omni_tokenizers
-from omni.parts import Audio, Image, Part, Text, Video, read_part
+from omni.parts import Audio, Image, Part, Text, Video
 from omni_tokenizers.base import DESCRIPTION
-from omni_tokenizers.codes import as_codes, codebook_use
+from omni_tokenizers.codes import as_codes
 from omni_tokenizers.errors import OmniError, UsageError
 
 _BESIDES = ("lengths", "scales", "sizes")
@@ -26,8 +24,6 @@ _MOST_PIXELS = 2048 * 2048
 """Of a picture that goes through a net as it is: some 2 GB in a layer of 128 channels."""
 _MOST_VIDEO_PIXELS = 16 * _MOST_PIXELS
 """Of all frames of a video, which is encoded as a whole: 200 MB; nets see a few frames at a time."""
-_FEW_PICTURES = 10_000
-"""Below which a Fréchet distance says little."""
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +67,6 @@ def export_tokenizer(source: str, directory: Path, *, file_format: str, dtype: s
         tokenizer.save(directory, dtype=dtype)
 
 
-def modalities(tokenizer) -> tuple[str, ...]:
-    """What a tokenizer takes: its modality, and videos where its pictures may have an axis of time, as Emu3's."""
-    axes = [names for names, _ in getattr(tokenizer, "axes", ())]
-    return (tokenizer.modality, "video") if ("time", "height", "width") in axes else (tokenizer.modality,)
-
-
 def encode_part(directory: str, part: Part) -> dict:
     """Codes of one part as JSON: "modality", "codes", and what `Codes` holds besides for their exact decoding.
 
@@ -84,11 +74,13 @@ def encode_part(directory: str, part: Part) -> dict:
     its "timestamps" in seconds, too, which no tokenizer knows of.
     """
     tokenizer = omni_tokenizers.load(directory)
-    if part.modality not in modalities(tokenizer):
+    if part.modality not in tokenizer.modalities:
         raise UsageError(f"{directory} is a tokenizer of {tokenizer.modality}; it was given {part.modality}")
     if isinstance(part, Text):
         return {"modality": "text", "codes": np.asarray(tokenizer.encode(part.text)).tolist()}
-    codes = tokenizer.encode(prepared(tokenizer, [part])[0][None])
+    changes: collections.Counter[str] = collections.Counter()
+    codes = tokenizer.encode(prepared(tokenizer, part, changes)[None])
+    say(changes, 1)
     besides = {name: getattr(codes, name) for name in _BESIDES}
     besides["timestamps"] = part.timestamps if isinstance(part, Video) else None
     return {"modality": part.modality, "codes": np.asarray(codes).tolist()} | {
@@ -96,27 +88,27 @@ def encode_part(directory: str, part: Part) -> dict:
     }
 
 
-def prepared(tokenizer, parts: Sequence[Image | Audio | Video], *, same_size: bool = False) -> list[np.ndarray]:
-    """Each part's array as the tokenizer takes it: pixels, or samples at its rate; what that changes is said once.
-
-    A tokenizer of pictures that takes videos, too, is given parts of one of them.
+def prepared(
+    tokenizer, part: Image | Audio | Video, changes: collections.Counter[str], *, same_size: bool = False
+) -> np.ndarray:
+    """A part's array as the tokenizer takes it: pixels, or samples at its rate; `changes` counts what that changes.
 
     Args:
-        same_size: scale and crop pictures to the tokenizer's own size even where it takes any.
+        same_size: scale and crop a picture to the tokenizer's own size even where it takes any.
     Raises:
         OmniError: a picture or a video that is too large to go through a net as it is.
     """
-    changes: collections.Counter[str] = collections.Counter()
-    if tokenizer.modality == "audio":
-        arrays = [_samples(tokenizer, part, changes) for part in parts]
-    elif all(isinstance(part, Video) for part in parts):
-        arrays = [_frames(part, None if tokenizer.takes_any_size else tokenizer.image_size, changes) for part in parts]
-    else:
-        side = tokenizer.image_size if same_size or not tokenizer.takes_any_size else None
-        arrays = [_pixels(part, side, changes) for part in parts]
+    if isinstance(part, Audio):
+        return _samples(tokenizer, part, changes)
+    if isinstance(part, Video):
+        return _frames(part, None if tokenizer.takes_any_size else tokenizer.image_size, changes)
+    return _pixels(part, tokenizer.image_size if same_size or not tokenizer.takes_any_size else None, changes)
+
+
+def say(changes: collections.Counter[str], parts: int) -> None:
+    """Logs each change once, and of how many parts."""
     for change, count in changes.items():
-        logger.warning("%s%s", change, f" ({count} of {len(parts)})" if len(parts) > 1 else "")
-    return arrays
+        logger.warning("%s%s", change, f" ({count} of {parts})" if parts > 1 else "")
 
 
 def _samples(tokenizer, part: Audio, changes: collections.Counter[str]) -> Float[np.ndarray, "channels samples"]:
@@ -170,7 +162,7 @@ def decode_to_file(directory: str, codes: str, output: str) -> None:
     """
     tokenizer = omni_tokenizers.load(directory)
     modality, found, timestamps = _read_codes(codes)
-    if modality not in (None, *modalities(tokenizer)):
+    if modality not in (None, *tokenizer.modalities):
         raise UsageError(f"{codes} holds codes of {modality}; {directory} is a tokenizer of {tokenizer.modality}")
     try:
         part = _decoded(tokenizer, found, timestamps)
@@ -199,170 +191,10 @@ def _decoded(tokenizer, codes: omni_tokenizers.Codes, timestamps: list | None = 
         raise OmniError(f"codes of {len(codes)} parts, of which a file holds one")
     if tokenizer.modality == "audio":
         return Audio(tokenizer.decode(codes)[0], tokenizer.sample_rate)
-    if codes.ids.ndim > 3 and "video" not in modalities(tokenizer):
+    if codes.ids.ndim > 3 and "video" not in tokenizer.modalities:
         raise OmniError("codes of a video, of a tokenizer of pictures alone")
     if tokenizer.takes_any_size and codes.ids.ndim in (3, 4):
         frames, height, width = np.multiply((1, *codes.shape[1:])[-3:], (1, *tokenizer.config.strides)[-3:])
         _check_size(height, width, frames)
     pixels = tokenizer.decode(codes)[0]
     return Image(pixels) if pixels.ndim == 3 else Video(pixels, timestamps)
-
-
-def evaluate_files(
-    directory: str,
-    files: Sequence[str],
-    *,
-    fps: float | None = None,
-    lpips_weights: str | None = None,
-    inception_weights: str | None = None,
-) -> dict:
-    """Reconstruction quality over files and codebook usage: PSNR, SSIM, MS-SSIM; mel distance, SI-SDR, STOI, PESQ.
-
-    Videos are measured frame by frame. What cannot be measured (a package is missing, pictures are small, nothing is
-    said) is None, and the log says why.
-
-    Args:
-        fps: frames a second that are taken of videos; default: all frames.
-        lpips_weights: safetensors file of LPIPS (see `PerceptualDistance`); with it, LPIPS of pictures.
-        inception_weights: safetensors file of Inception v3 (see `InceptionFeatures`); with it, rFID of pictures: the
-            Fréchet distance of reconstructions from originals.
-    Raises:
-        UsageError: files of another modality, or weights with files that hold no pictures.
-        OmniError: damaged files or weights.
-    """
-    tokenizer = omni_tokenizers.load(directory)
-    if tokenizer.modality == "text":
-        raise UsageError(f"{directory} is a tokenizer of text, which is exact; eval measures pictures, sound and video")
-    parts = [read_part(file, fps) for file in files]
-    for file, part in zip(files, parts, strict=True):
-        if part.modality not in modalities(tokenizer):
-            raise UsageError(f"{file} holds {part.modality}; {directory} is a tokenizer of {tokenizer.modality}")
-        if part.modality != parts[0].modality:
-            raise UsageError(f"{file} holds {part.modality}, {files[0]} {parts[0].modality}; measure them apart")
-    if parts[0].modality != "image" and (lpips_weights or inception_weights):
-        raise UsageError(f"LPIPS and rFID compare pictures; {files[0]} holds {parts[0].modality}")
-    if isinstance(parts[0], Video):
-        return _evaluate_videos(tokenizer, prepared(tokenizer, parts), files)
-    arrays = prepared(tokenizer, parts, same_size=True)
-    return (
-        _evaluate_images(tokenizer, np.stack(arrays), lpips_weights, inception_weights)
-        if tokenizer.modality == "image"
-        else _evaluate_audio(tokenizer, arrays)
-    )
-
-
-def _evaluate_images(
-    tokenizer, pixels: UInt8[np.ndarray, "n height width 3"], lpips_weights: str | None, inception_weights: str | None
-) -> dict:
-    from omni_tokenizers import image_metrics
-
-    codes = tokenizer.encode(pixels)
-    decoded = tokenizer.decode(codes)
-    use = codebook_use(np.asarray(codes), tokenizer.codebook_sizes[0])
-    names = ("psnr", "ssim", "ms_ssim")
-    quality = {name: _measured(getattr(image_metrics, name), pixels, decoded) for name in names}
-    if lpips_weights:
-        quality |= _lpips(lpips_weights, pixels, decoded)
-    if inception_weights:
-        quality |= _rfid(inception_weights, pixels, decoded)
-    return {"pictures": len(pixels), **quality, **use}
-
-
-def _evaluate_videos(tokenizer, videos: list[UInt8[np.ndarray, "time height width 3"]], files: Sequence[str]) -> dict:
-    """Means over all frames of all videos, and the measures of each frame by file."""
-    from omni_tokenizers import image_metrics
-
-    codes = [tokenizer.encode(frames[None]) for frames in videos]
-    pairs = [(frames, tokenizer.decode(each)[0]) for frames, each in zip(videos, codes, strict=True)]
-    every = np.concatenate([np.asarray(each).ravel() for each in codes])
-    by_frame = {
-        name: {
-            file: _measured_frames(getattr(image_metrics, name), *pair) for file, pair in zip(files, pairs, strict=True)
-        }
-        for name in ("psnr", "ssim", "ms_ssim")
-    }
-    quality = {name: _mean([x for values in found.values() for x in values]) for name, found in by_frame.items()}
-    use = codebook_use(every, tokenizer.codebook_sizes[0])
-    return {"videos": len(videos), "frames": sum(map(len, videos)), **quality, **use, "by_frame": by_frame}
-
-
-def _measured_frames(measure: Callable[..., float], frames, decoded) -> list[float | None]:
-    """A measure of each frame; all None, which is said once, where it cannot be measured."""
-    try:
-        values = [measure(a[None], b[None]) for a, b in zip(frames, decoded, strict=True)]
-    except OmniError as error:
-        logger.warning("not measured: %s", error)
-        return [None] * len(frames)
-    if lossless := sum(map(math.isinf, values)):
-        logger.warning("not measured: %s of %d frames, in which nothing was lost", measure.__name__, lossless)
-    return [value if math.isfinite(value) else None for value in values]
-
-
-def _mean(values: list[float | None]) -> float | None:
-    """The mean of what could be measured; None where there is none."""
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
-
-
-def _lpips(path: str, pixels: UInt8[np.ndarray, "n height width 3"], decoded: np.ndarray) -> dict:
-    """The mean over pictures, signed with the weights' hash."""
-    import jax
-
-    from omni_tokenizers.image import normalized
-    from omni_tokenizers.losses.perceptual import PREPROCESSING, PerceptualDistance
-
-    distance = PerceptualDistance.read(path)
-    if not distance.is_lpips:
-        raise OmniError(f"{path}: holds no linI.model.1.weight, without which the distance is no LPIPS")
-    apart = jax.jit(lambda *pair: distance(*map(normalized, pair)))
-    scores = [float(apart(a[None], b[None])[0]) for a, b in zip(decoded, pixels, strict=True)]
-    signature = {"sha256": distance.sha256, "preprocessing": PREPROCESSING}
-    return {"lpips": float(np.mean(scores)), "lpips_weights": signature}
-
-
-def _rfid(path: str, pixels: UInt8[np.ndarray, "n height width 3"], decoded: np.ndarray) -> dict:
-    """The Fréchet distance, signed with the weights' hash; it falls with the number of pictures, so that is said."""
-    from omni_tokenizers.inception import PREPROCESSING, InceptionFeatures, frechet_distance
-
-    if len(pixels) < _FEW_PICTURES:
-        logger.warning("rFID of %d pictures is far above that of many; published ones are of 50,000", len(pixels))
-    features = InceptionFeatures.read(path)
-    signature = {"sha256": features.sha256, "preprocessing": PREPROCESSING}
-    return {"rfid": frechet_distance(features(pixels), features(decoded)), "rfid_weights": signature}
-
-
-def _evaluate_audio(tokenizer, clips: list[Float[np.ndarray, "channels samples"]]) -> dict:
-    from omni_tokenizers import audio_metrics
-
-    lengths = np.array([clip.shape[1] for clip in clips])
-    batch = np.zeros((len(clips), tokenizer.channels, lengths.max()), np.float32)
-    for row, clip in zip(batch, clips, strict=True):
-        row[:, : clip.shape[1]] = clip
-    codes = tokenizer.encode(batch, lengths=lengths)
-    frames = tokenizer.frames(lengths)
-    # Each channel is compared by itself.
-    reference, estimate = (x.reshape(-1, x.shape[2]) for x in (batch, tokenizer.decode(codes)))
-    lengths = np.repeat(lengths, tokenizer.channels)
-    pair, rate = (reference, estimate), tokenizer.sample_rate
-    return {
-        "sounds": len(clips),
-        "mel_distance": audio_metrics.mel_distance(*pair, rate, lengths),
-        "si_sdr": _measured(audio_metrics.si_sdr, *pair, lengths),
-        "stoi": _measured(audio_metrics.stoi, *pair, rate, lengths),
-        "pesq": _measured(audio_metrics.pesq, *pair, rate, lengths),
-        "codebooks": audio_metrics.codebook_usage(np.asarray(codes), tuple(tokenizer.codebook_sizes), frames),
-    }
-
-
-def _measured(measure: Callable[..., float], *arguments) -> float | None:
-    """A measure's value, None where it has none."""
-    try:
-        value = measure(*arguments)
-    except OmniError as error:
-        logger.warning("not measured: %s", error)
-        return None
-    if not math.isfinite(value):  # which JSON has no number for
-        why = "too short or silent" if math.isnan(value) else "nothing was lost"
-        logger.warning("not measured: %s, %s", measure.__name__, why)
-        return None
-    return value

@@ -148,10 +148,37 @@ def test_a_shorter_reply_leaves_nothing_of_a_longer_one(tiny_model, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["1.png", "2.wav", "7.png", "reply.json"]
     assert json.loads((tmp_path / "out" / "reply.json").read_text())["files"] == ["1.png", "2.wav"]
     (tmp_path / "1.png").write_text("outside")
-    for index in ('{"files": ["../1.png", 3, "7.png/.."]}', "[]", "no JSON", '{"files": null}'):
-        (tmp_path / "out" / "reply.json").write_text(index)
-        reply.save(tmp_path / "out")
+    (tmp_path / "out" / "reply.json").write_text('{"files": ["../1.png", "7.png/..", "2.wav"]}')
+    reply.save(tmp_path / "out")
     assert (tmp_path / "1.png").exists() and (tmp_path / "out" / "7.png").exists()
+    assert not (tmp_path / "out" / "2.wav").exists()
+
+
+@pytest.mark.parametrize("index", ["[]", "no JSON", '{"files": null}', '{"files": [3]}', '{"my": "settings"}'])
+def test_a_foreign_index_is_left_alone(tiny_model, tmp_path, index):
+    """reply.json of another program, and all that lies beside it, stays as it is."""
+    reply = tiny_model.generate(["seven"], want=["text"], seed=0)
+    (tmp_path / "reply.json").write_text(index)
+    with pytest.raises(OmniError, match=r"reply.json: is there, and lists no reply"):
+        reply.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["reply.json"] and (
+        tmp_path / "reply.json"
+    ).read_text() == index
+
+
+def test_a_reply_that_cannot_be_written_leaves_the_one_before(tiny_model, tmp_path, monkeypatch):
+    """Nothing is removed before everything is written."""
+    reply = tiny_model.generate(["seven"], want=["text", "image"], seed=0)
+    reply.save(tmp_path)
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def refuse(*_):
+        raise OmniError("no sound can be written")
+
+    monkeypatch.setattr(omni.Audio, "save", refuse)
+    with pytest.raises(OmniError, match="no sound"):
+        tiny_model.generate(["seven"], want=["text", "audio"], seed=0).save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
 
 
 @pytest.mark.parametrize(

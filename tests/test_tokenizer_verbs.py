@@ -1,5 +1,6 @@
 """import, export and the tokenizer verbs with public tokenizers: exact round trips, one clear line for what is bad."""
 
+import collections
 import functools
 import hashlib
 import json
@@ -22,6 +23,7 @@ from omni_tokenizers.checkpoints.interop import from_state
 from omni_tokenizers.checkpoints.vqgan import layout_rules, pairs
 from omni_tokenizers.emu3 import Emu3Config, Emu3Tokenizer, Emu3VQ
 from omni_tokenizers.errors import OmniError
+from omni_tokenizers.video import VideoAutoencoder, VideoTokenizer, VideoTokenizerConfig
 from omni_tokenizers.vqgan import VQGAN, VQGANConfig, VQGANTokenizer
 
 VQ = VQGANConfig(
@@ -241,16 +243,16 @@ def test_videos_are_measured_frame_by_frame(run, directories, tmp_path, load_onc
     assert code == 0 and json.loads(out)["frames"] == 3, err
 
 
-def test_a_tokenizer_of_videos_alone_scales_them_to_its_size(clip, caplog):
-    """One that takes a single size is given it; pictures, it is not given."""
+def test_a_tokenizer_of_one_size_is_given_videos_of_it(clip):
+    """They are scaled and cropped, which is counted."""
 
     class Squares:
-        modality, takes_any_size, image_size = "video", False, 8
+        takes_any_size, image_size = False, 8
 
-    assert tokenizer_tools.modalities(Squares) == ("video",)
-    (frames,) = tokenizer_tools.prepared(Squares, [clip])
+    changes = collections.Counter()
+    frames = tokenizer_tools.prepared(Squares, clip, changes)
     np.testing.assert_array_equal(frames, clip.resize_crop(8, 8).frames)
-    assert [record.message for record in caplog.records] == ["videos are scaled and cropped to 8x8 pixels"]
+    assert changes == {"videos are scaled and cropped to 8x8 pixels": 1}
 
 
 def test_videos_where_they_do_not_belong_are_one_line(run, directories, load_once, tmp_path, clip, monkeypatch):
@@ -380,6 +382,10 @@ def test_eval_with_the_users_networks(run, directories, tmp_path, caplog):
     assert found["lpips"] > 0 and found["rfid"] > 0
     for name, path in (("lpips_weights", lpips), ("rfid_weights", inception)):
         assert found[name]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    code, out, err = run("tokenizer", "eval", directories["image"], names[0], *both)
+    found = json.loads(out)
+    assert code == 0 and found["psnr"] > 0 and (found["lpips"], found["rfid"]) == (None, None), err
+    assert "16 x 16" in caplog.text and "two pictures" in caplog.text
     code, _, err = run("tokenizer", "eval", directories["vqgan"], *names, "--lpips-weights", plain)
     assert code == 1 and "is no LPIPS" in err
     soundfile.write(tmp_path / "tone.wav", np.full(1600, 0.1), 16000)
@@ -387,3 +393,31 @@ def test_eval_with_the_users_networks(run, directories, tmp_path, caplog):
     assert code == 2 and "LPIPS and rFID compare pictures" in err
     code, _, err = run("tokenizer", "eval", directories["vqgan"], *names, "--inception-weights", tmp_path / "absent")
     assert code == 1 and "absent" in err
+
+
+def test_many_pictures_are_measured_a_few_at_a_time(run, directories, tmp_path, monkeypatch):
+    """The result is that of all of them together, for any number that goes together."""
+    names = [tmp_path / f"{index}.png" for index in range(5)]
+    for index, name in enumerate(names):
+        omni.Image(np.random.default_rng(index).integers(0, 256, (24, 24, 3), np.uint8)).save(name)
+    found = []
+    for together in (16, 2):
+        monkeypatch.setattr("omni.tokenizer_evaluation._TOGETHER", together)
+        code, out, _ = run("tokenizer", "eval", directories["vqgan"], *names)
+        found.append(json.loads(out))
+        assert code == 0 and found[-1]["pictures"] == 5
+    assert found[0] == pytest.approx(found[1]) and found[0]["psnr"] > 0
+
+
+def test_a_tokenizer_of_videos_takes_pictures(run, tmp_path):
+    """A picture is a video of one frame, in all verbs."""
+    small = VideoTokenizerConfig(image_size=16, patch_size=8, channels=8, residual_blocks=1)
+    VideoTokenizer(small, VideoAutoencoder(small, rngs=nnx.Rngs(0))).save(tmp_path / "video")
+    omni.Image(PICTURE).save(tmp_path / "a.png")
+    code, out, err = run("tokenizer", "encode", tmp_path / "video", tmp_path / "a.png")
+    assert code == 0 and np.shape(json.loads(out)["codes"]) == (1, 2, 2), err
+    (tmp_path / "codes.json").write_text(out)
+    code, _, err = run("tokenizer", "decode", tmp_path / "video", tmp_path / "codes.json", tmp_path / "b.png")
+    assert code == 0 and omni.Image.read(tmp_path / "b.png").pixels.shape == (16, 16, 3), err
+    code, out, err = run("tokenizer", "eval", tmp_path / "video", tmp_path / "a.png")
+    assert code == 0 and json.loads(out)["pictures"] == 1, err

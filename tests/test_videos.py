@@ -15,6 +15,8 @@ from omni.pages import described
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.emu3 import Emu3Config, Emu3Tokenizer, Emu3VQ
 from omni_tokenizers.errors import OmniError
+from omni_tokenizers.quantizers import VectorQuantizerConfig
+from omni_tokenizers.video import VideoAutoencoder, VideoTokenizer, VideoTokenizerConfig
 
 pytestmark = pytest.mark.slow  # it compiles Emu3's net, small, and a transformer
 
@@ -112,6 +114,25 @@ def test_saved_and_loaded_it_is_the_same_model(model, directory):
         omni.load(directory)
     declaration["modalities"]["video"]["frame_rate"] = 8
     path.write_text(json.dumps(declaration))
+
+
+@pytest.mark.parametrize("frames", [1, 3, 5, 6])
+def test_a_tokenizer_whose_first_frame_has_codes_of_its_own(tiny_tokenizers, frames):
+    """With a stride of 2 and at most 3 frames of codes, 5 frames fit and the sixth does not."""
+    small = VideoTokenizerConfig(
+        image_size=4, patch_size=2, temporal_downsampling=2, channels=8, residual_blocks=1,
+        quantizer=VectorQuantizerConfig(16, dim=4),
+    )  # fmt: skip
+    model = make_model(tiny_tokenizers["text"])
+    model.tokenizers["video"] = VideoTokenizer(small, VideoAutoencoder(small, rngs=nnx.Rngs(0)))
+    part = omni.Video.at_rate(videos.moving_crops(frames), 8, context=True)
+    if frames > 5:
+        with pytest.raises(OmniError, match="at most 5 frames at 8 a second"):
+            model.encode([part])
+        return
+    span = model.grammar.parse(model.encode([part]))[0]
+    assert span.codes.shape == (1, 1 + frames // 2, 2, 2)
+    assert len(model.decode(model.encode([part]))[0].frames) == frames
 
 
 def test_what_does_not_fit_is_one_line(model, tiny_model, tiny_tokenizers):

@@ -1,6 +1,7 @@
 """A user's own pictures and sounds, from the files of a directory, for tokenizers.
 
-Files are split by name: a hash of the name decides, so one that is added changes the side of no other. Everything is
+Files are split by name: a hash of the name decides, so one that is added changes the side of no other, and those that
+are measured come from all of the directory. Everything is
 read through `omni.parts`, so what is damaged is named. Sounds are decoded whole for each excerpt; long ones are better
 cut into pieces of some seconds first.
 """
@@ -8,7 +9,7 @@ cut into pieces of some seconds first.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,11 @@ from jaxtyping import Float
 
 from omni import media
 from omni.data.examples import Examples
+from omni.data.loader import stack
 from omni.parts import Audio, Image
 from omni_tokenizers.errors import OmniError, UsageError
+
+_TOGETHER = 8  # held-out examples in a batch
 
 
 @dataclass(frozen=True)
@@ -32,23 +36,23 @@ class Files:
     held_out_share: float = 0.02
     """Part of the files that is not trained on."""
     held_out_files: int = 64
-    """Most held-out files that are measured."""
+    """Most held-out files that are measured; the rest is not used at all."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out_share < 1 or self.held_out_files < 0:
             raise UsageError("held_out_share lies in 0 to below 1, and held_out_files is not negative")
 
     def split(self, extensions: Collection[str]) -> tuple[list[Path], list[Path]]:
-        """The files to train on, and those to measure, by name; `OmniError` where there are none to train on."""
+        """The files to train on, by name, and those to measure, by hash; `OmniError` if there are none to train on."""
         root = Path(self.directory)
         found = sorted(path for path in root.rglob("*") if path.suffix.lower() in extensions and path.is_file())
-        sides: tuple[list[Path], list[Path]] = ([], [])
-        for path in found:
-            sides[_share(path.relative_to(root).as_posix()) < self.held_out_share].append(path)
-        if not sides[0]:
+        shares = {path: _share(path.relative_to(root).as_posix()) for path in found}
+        trained = [path for path in found if shares[path] >= self.held_out_share]
+        if not trained:
             known = " ".join(extensions)
             raise OmniError(f"{root}: no file to train on there, out of {len(found)} with the extensions {known}")
-        return sides[0], sides[1][: self.held_out_files]
+        held_out = sorted(shares.keys() - set(trained), key=shares.get)
+        return trained, held_out[: self.held_out_files]
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,8 @@ class PictureFiles(Examples):
 
     def held_out(self) -> list[dict[str, np.ndarray]] | None:
         """The largest square in the middle of each."""
-        pictures = [Image.read(path) for path in self.files.split(media.PICTURE_EXTENSIONS)[1]]
-        crops = [picture.resize_crop(self.size, self.size).pixels for picture in pictures]
-        return [{"image": np.stack(crops)}] if crops else None
+        paths = self.files.split(media.PICTURE_EXTENSIONS)[1]
+        return _batches({"image": Image.read(path).resize_crop(self.size, self.size).pixels} for path in paths)
 
 
 @dataclass(frozen=True)
@@ -113,10 +116,8 @@ class SoundFiles(Examples):
 
     def held_out(self) -> list[dict[str, np.ndarray]] | None:
         """The beginning of each."""
-        excerpts = [self._excerpt(self._read(path)) for path in self.files.split(media.SOUND_EXTENSIONS)[1]]
-        if not excerpts:
-            return None
-        return [{name: np.stack([excerpt[name] for excerpt in excerpts]) for name in excerpts[0]}]
+        paths = self.files.split(media.SOUND_EXTENSIONS)[1]
+        return _batches(self._excerpt(self._read(path)) for path in paths)
 
     def _read(self, path: Path) -> Float[np.ndarray, " samples"]:
         return Audio.read(path).mono().resample(self.sample_rate).samples[0]
@@ -129,6 +130,12 @@ class SoundFiles(Examples):
 
 def _shuffled(paths: list[Path], seed: int, example: Callable) -> grain.MapDataset:
     return grain.MapDataset.source(paths).seed(seed).shuffle().repeat().random_map(example)
+
+
+def _batches(examples: Iterable[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]] | None:
+    """Batches of a few examples each; None where there are none."""
+    examples = list(examples)
+    return [stack(examples[i : i + _TOGETHER]) for i in range(0, len(examples), _TOGETHER)] or None
 
 
 def _share(name: str) -> float:

@@ -2,7 +2,8 @@
 
     python -m omni.recipes.videos_evaluation runs/videos docs/results/tokenizers/videos.json
 
-k-means sees what the tokenizer is trained on, cut into the boxes that a code stands for.
+k-means sees the moves that the tokenizer is trained on, cut into the boxes that a code stands for. Both are measured on
+longer ones, which are slower.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from jaxtyping import Float, UInt8
 import omni_tokenizers
 from omni.exits import exits
 from omni.recipes import videos
+from omni.recipes.videos_recipe import FRAMES
 from omni_tokenizers.codes import codebook_use
 from omni_tokenizers.errors import OmniError
 from omni_tokenizers.image_metrics import psnr
@@ -53,8 +55,8 @@ def measure_k_means(
         from sklearn.metrics import pairwise_distances_argmin
     except ImportError:
         raise OmniError("k-means needs scikit-learn: pip install 'omni-any-to-any[quickstart]'") from None
-    frames, codes = moves.shape[1], tokenizer.codebook_sizes[0]
-    training = _training_boxes(config.boxes, tokenizer, frames)
+    codes = tokenizer.codebook_sizes[0]
+    training = _training_boxes(config.boxes, tokenizer, FRAMES)
     fit = KMeans(codes, n_init=config.starts, max_iter=config.iterations, random_state=0).fit(training)
     cut = boxes(moves, tokenizer)
     nearest = pairwise_distances_argmin(cut.reshape(-1, cut.shape[-1]), fit.cluster_centers_)

@@ -32,6 +32,12 @@ def colours(images) -> set[int]:
     return {int(np.rint(image.mean() / 6) * 6) for image in images}
 
 
+def held_out_pictures(examples) -> np.ndarray:
+    batches = examples.held_out()
+    assert max(len(batch["image"]) for batch in batches) <= 8
+    return np.concatenate([batch["image"] for batch in batches])
+
+
 def epoch(examples, seed=0) -> list[dict]:
     dataset = examples.dataset(seed)
     return [dataset[index] for index in range(len(COLOURS))]
@@ -39,14 +45,28 @@ def epoch(examples, seed=0) -> list[dict]:
 
 def test_no_picture_is_on_both_sides(pictures):
     """All files are on one side or the other, whatever the seed, and more files move none of them."""
-    held_out = pictures.held_out()[0]["image"]
+    held_out = held_out_pictures(pictures)
     trained = colours(example["image"] for example in epoch(pictures))
     assert held_out.shape[1:] == (16, 16, 3) and held_out.dtype == np.uint8
     assert colours(held_out) | trained == set(COLOURS) and not colours(held_out) & trained
     assert 4 <= len(held_out) <= 20
     for path in list(pictures.files.split([".png"])[0]):
         path.unlink()
-    np.testing.assert_array_equal(pictures.held_out()[0]["image"], held_out)
+    np.testing.assert_array_equal(held_out_pictures(pictures), held_out)
+
+
+def test_what_is_measured_comes_from_everywhere_and_stays(tmp_path):
+    """The most that are measured are few of many directories; a new file takes the place of at most one."""
+    for name in (f"{group}/{index}.png" for group in "abcdefgh" for index in range(20)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    files = Files(str(tmp_path), held_out_share=0.5, held_out_files=24)
+    trained, measured = files.split([".png"])
+    assert len(measured) == 24 and len({path.parent for path in measured}) >= 6 and not set(trained) & set(measured)
+    for index in range(20):
+        (tmp_path / f"new{index}.png").touch()
+        before, (_, measured) = measured, files.split([".png"])
+        assert len(set(before) - set(measured)) <= 1
 
 
 def test_crops_are_new_each_time_and_the_same_for_a_seed(tmp_path):

@@ -55,6 +55,11 @@ class Tokenizer(abc.ABC):
     hash: str
     """First 16 hex digits of SHA-256 over configuration and weights: codes of another hash mean something else."""
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """All that it takes, its own modality first."""
+        return (self.modality,)
+
     @abc.abstractmethod
     def encode(self, x) -> Any:
         """Codes of `x`."""

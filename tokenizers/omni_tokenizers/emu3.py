@@ -261,6 +261,7 @@ class Emu3Tokenizer(GridTokenizer, VideoStreams):
     type = "emu3"
     config_class = Emu3Config
     net_class = Emu3VQ
+    modalities = ("image", "video")
     axes: ClassVar = (*GridTokenizer.axes, (("time", "height", "width"), ("frames", "rows", "columns")))
     encoding = ("temporal_encoder", "to_code")
     decoding = ("from_code", "temporal_decoder")

@@ -85,6 +85,7 @@ class SteppedVideoTokenizer(VideoStreams):
     """
 
     modality = "video"
+    modalities = ("video", "image")
 
     def frames(self, time: int) -> int:
         """Frames of codes that a video of so many frames takes."""
