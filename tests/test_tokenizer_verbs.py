@@ -17,7 +17,7 @@ from network_weights import inception_tensors, lpips_tensors
 
 import omni
 import omni_tokenizers
-from omni import tokenizer_tools
+from omni import tokenizer_evaluation, tokenizer_tools
 from omni_tokenizers import weights
 from omni_tokenizers.checkpoints.interop import from_state
 from omni_tokenizers.checkpoints.vqgan import layout_rules, pairs
@@ -358,11 +358,7 @@ def test_bad_sound_and_pictures_are_one_line(run, directories, load_once, tmp_pa
 @pytest.mark.parametrize(("value", "why"), [(np.inf, "nothing was lost"), (np.nan, "too short or silent")])
 def test_what_json_has_no_number_for_is_null_and_said(value, why, caplog):
     """A measure without a finite value is None, so that what eval prints stays JSON."""
-
-    def psnr() -> float:
-        return value
-
-    assert tokenizer_tools._measured(psnr) is None and f"not measured: psnr, {why}" in caplog.text
+    assert tokenizer_evaluation._finite("psnr", value) is None and f"not measured: psnr, {why}" in caplog.text
 
 
 def test_eval_with_the_users_networks(run, directories, tmp_path, caplog):
