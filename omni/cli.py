@@ -250,6 +250,7 @@ def run_train(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def run_generate(options: argparse.Namespace) -> None:
     import omni
+    from omni import video_files
 
     _status(f"loading {options.model}")
     model = omni.load(options.model)
@@ -260,10 +261,12 @@ def run_generate(options: argparse.Namespace) -> None:
     }
     want = [name.strip() for name in options.want.split(",")] if options.want else None
     parts = read_arguments(options.parts, fps=model.processor.frame_rate)
+    if options.out and "video" in model.grammar.modalities:
+        video_files.pyav()  # that it is missing is said before anything is generated
     _status("compiling and generating")
     reply = model.generate(parts, want=want, seed=options.seed, max_tokens=options.max_tokens, **settings)
-    files = reply.save(options.out) if options.out else []
     if options.json:
+        files = reply.save(options.out) if options.out else []
         described = [{"modality": part.modality, "text": getattr(part, "text", None)} for part in reply.parts]
         for entry, file in zip(described, files, strict=False):
             entry["file"] = str(file)
@@ -271,7 +274,7 @@ def run_generate(options: argparse.Namespace) -> None:
         return
     for part in reply.parts:
         print(part.text if part.modality == "text" else part)
-    for file in files:
+    for file in reply.save(options.out) if options.out else []:
         print(f"wrote {file}")
     if not options.out and any(part.modality != "text" for part in reply.parts):
         print("pictures, sounds and videos were not written: add --out DIRECTORY", file=sys.stderr)
