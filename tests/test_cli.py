@@ -27,7 +27,7 @@ def test_generate_writes_a_mixed_reply(run, tiny_bundle, tmp_path, tone):
     assert code == 0, err
     reply = json.loads(out)
     assert [part["modality"] for part in reply["parts"]] == ["image", "audio", "text"] and reply["well_formed"]
-    assert sorted(os.listdir(tmp_path / "out")) == ["1.png", "2.wav", "3.txt"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["1.png", "2.wav", "3.txt", "reply.json"]
 
 
 def test_inspect_and_doctor_speak_to_people_and_programs(run, tiny_bundle):
