@@ -25,13 +25,14 @@ _READERS = (
 )
 
 
-def read_part(path: str | os.PathLike, fps: float | None = None) -> Part:
+def read_part(path: str | os.PathLike, fps: float | None = None, max_frames: int | None = None) -> Part:
     """Reads a file as the part that its extension names; raises UsageError for an extension that is not known.
 
-    A video is read at `fps` frames a second if that is given; a .gif is a picture, its first frame.
+    A video is read at `fps` frames a second if that is given, and refused if these are more than `max_frames`, before
+    any is decoded; a .gif is a picture, its first frame.
     """
     kind = _READERS[extension_of(path, _READERS, "a part")]
-    return Video.read(path, fps=fps) if kind is Video else kind.read(path)
+    return Video.read(path, fps=fps, max_frames=max_frames) if kind is Video else kind.read(path)
 
 
 def as_part(value: Part | str | np.ndarray | PillowImage.Image | os.PathLike, fps: float | None = None) -> Part:

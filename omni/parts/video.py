@@ -45,13 +45,19 @@ class Video:
         return cls(frames, np.arange(len(frames)) / video_files.check_fps(fps), context)
 
     @classmethod
-    def read(cls, path: str | os.PathLike, fps: float | None = None, count: int | None = None) -> "Video":
+    def read(
+        cls,
+        path: str | os.PathLike,
+        fps: float | None = None,
+        count: int | None = None,
+        max_frames: int | None = None,
+    ) -> "Video":
         """Reads a file: all frames, or those shown at `fps` moments a second, or at `count` moments evenly spread.
 
-        Times count from the first frame; those of chosen frames are the moments that they were chosen for. See
-        `omni.video_files.read_video` for limits and errors.
+        Times count from the first frame; those of chosen frames are the moments that they were chosen for. More
+        than `max_frames` are refused before any is decoded. See `omni.video_files.read_video` for limits and errors.
         """
-        return from_file(path, cls, *video_files.read_video(path, fps, count))
+        return from_file(path, cls, *video_files.read_video(path, fps, count, max_frames))
 
     @property
     def height(self) -> int:
