@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +181,7 @@ class Model:
 
     def _part(self, value) -> Part:
         """What stands for a part as one; of a video file only the frames that the model sees are read."""
-        return as_part(value, fps=self.processor.frame_rate)
+        return self.processor.read(value) if isinstance(value, os.PathLike) else as_part(value)
 
     def _prepare(self, request: Request, ids: Int[np.ndarray, " tokens"]) -> PreparedRequest:
         grammar = self.grammar

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omni.exits import EXIT_FAILED, exits
 from omni_tokenizers.errors import UsageError
+
+if TYPE_CHECKING:  # --help and wrong arguments are answered without loading jax
+    from omni.parts import Part
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -260,7 +265,7 @@ def run_generate(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None
     }
     want = [name.strip() for name in options.want.split(",")] if options.want else None
-    parts = read_arguments(options.parts, fps=model.processor.frame_rate)
+    parts = read_arguments(options.parts, model.processor.read)
     if options.out and "video" in model.grammar.modalities:
         video_files.pyav()  # that it is missing is said before anything is generated
     _status("compiling and generating")
@@ -280,24 +285,21 @@ def run_generate(options: argparse.Namespace) -> None:
         print("pictures, sounds and videos were not written: add --out DIRECTORY", file=sys.stderr)
 
 
-def read_argument(argument: str, fps: float | None = None):
-    """A prompt argument as a part: a file where its ending is one of a picture, sound or video, else text.
-
-    Of a video, `fps` frames a second are read, or all.
-    """
+def read_argument(argument: str, read: Callable[[str], Part]) -> Part:
+    """A prompt argument as a part: what `read` makes of a file with the ending of one, else text."""
     from omni import media, parts
 
     if Path(argument).suffix.lower() in (*media.PICTURE_EXTENSIONS, *media.SOUND_EXTENSIONS, *media.VIDEO_EXTENSIONS):
-        return parts.read_part(argument, fps)
+        return read(argument)
     return parts.Text(argument)
 
 
-def read_arguments(arguments: Sequence[str], fps: float | None = None) -> list:
-    """Prompt arguments as parts (see `read_argument`); words that the shell has split are one text again."""
+def read_arguments(arguments: Sequence[str], read: Callable[[str], Part]) -> list[Part]:
+    """Prompt arguments as parts; words that the shell has split are one text again."""
     from omni.parts import Text
 
     parts: list = []
-    for part in (read_argument(argument, fps) for argument in arguments):
+    for part in (read_argument(argument, read) for argument in arguments):
         if parts and isinstance(part, Text) and isinstance(parts[-1], Text):
             parts[-1] = Text(f"{parts[-1].text} {part.text}")
         else:
@@ -370,9 +372,11 @@ def run_tokenizer_eval(options: argparse.Namespace) -> None:
 
 
 def run_tokenizer_encode(options: argparse.Namespace) -> None:
+    from omni.parts import read_part
     from omni.tokenizer_tools import encode_part
 
-    print(json.dumps(encode_part(options.directory, read_argument(options.part, options.fps))))
+    part = read_argument(options.part, functools.partial(read_part, fps=options.fps))
+    print(json.dumps(encode_part(options.directory, part)))
 
 
 def run_tokenizer_decode(options: argparse.Namespace) -> None:

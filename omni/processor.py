@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from omni.grammar import Grammar, Span, Tokens
-from omni.parts import Audio, Image, Part, Text, Video
+from omni.parts import Audio, Image, Part, Text, Video, read_part
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.codes import Codes
 from omni_tokenizers.errors import OmniError
@@ -47,6 +48,21 @@ class Processor:
         """Frames a second of the videos that the model reads and writes; None where it knows none, or no rate."""
         layout = self.grammar.layouts.get("video")
         return layout.frame_rate if layout else None
+
+    @property
+    def most_frames(self) -> int | None:
+        """Frames of pixels of the longest video that the model reads; None where it knows none."""
+        layout = self.grammar.layouts.get("video")
+        if layout is None:
+            return None
+        tokenizer = self.tokenizer("video")
+        return tokenizer.config.strides[0] * max(frames for frames, _, _ in layout.shapes) - tokenizer.lead
+
+    def read(self, path: str | os.PathLike) -> Part:
+        """Reads a file as `read_part` does; of a video only the frames that the model sees, and none if too many."""
+        if self.grammar.layouts.get("video") is None:
+            return read_part(path)
+        return read_part(path, self.frame_rate, self.most_frames)
 
     # Parts to ids
 
@@ -110,8 +126,7 @@ class Processor:
 
     def _encode_videos(self, parts: Sequence[Video]) -> list[Int[np.ndarray, "1 frames rows columns"]]:
         tokenizer, rate = self.tokenizer("video"), self._declared_rate()
-        size, step = tokenizer.config.image_size, tokenizer.config.strides[0]
-        most = step * max(frames for frames, _, _ in self.grammar.layouts["video"].shapes) - tokenizer.lead
+        size, most = tokenizer.config.image_size, self.most_frames
         codes = []
         for part in parts:
             if part.seconds * rate >= most:

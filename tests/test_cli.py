@@ -15,6 +15,7 @@ import soundfile
 import omni
 from omni import doctor
 from omni.cli import read_arguments
+from omni.parts import read_part
 
 
 def test_generate_writes_a_mixed_reply(run, tiny_bundle, tmp_path, tone):
@@ -162,7 +163,7 @@ def test_wrong_usage_says_what_is_right(run, tiny_bundle, tmp_path, monkeypatch,
 
 
 def test_words_that_the_shell_has_split_are_one_text():
-    parts = read_arguments(["draw", "seven"])
+    parts = read_arguments(["draw", "seven"], read_part)
     assert [part.text for part in parts] == ["draw seven"]
 
 

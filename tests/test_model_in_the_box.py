@@ -40,7 +40,7 @@ def test_it_answers_by_name(tmp_path, monkeypatch, capsys):
     """`omni generate digits "seven"` gives a picture and a sound from any directory."""
     monkeypatch.chdir(tmp_path)
     main(["generate", "digits", "seven", "--want", "image,audio", "--out", "out"])
-    assert sorted(os.listdir(tmp_path / "out")) == ["1.png", "2.wav"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["1.png", "2.wav", "reply.json"]
     assert "wrote out/1.png" in capsys.readouterr().out
 
 

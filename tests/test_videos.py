@@ -159,6 +159,9 @@ def test_the_command_line_reads_and_writes_videos(run, model, directory, tmp_pat
     assert len(omni.Video.read(tmp_path / "out" / "1.mp4").frames) == len(expected.frames)
     code, out, err = run("generate", directory, tmp_path / "in.mkv", "--want", "video")
     assert code == 0 and repr(expected) in out and "videos were not written" in err
+    omni.Video.at_rate(videos.moving_crops(22), 24).save(tmp_path / "long.mkv")
+    code, out, err = run("generate", directory, tmp_path / "long.mkv", "--want", "text")
+    assert (code, out) == (1, "") and "8 frames, of which at most 6 can be taken" in err, err
     for content, exit_code in ((b"", 1), (b"this is no video", 1), (None, 2)):
         path = tmp_path / f"bad{exit_code}.mp4"
         if content is not None:

@@ -35,9 +35,9 @@ def read_part(path: str | os.PathLike, fps: float | None = None, max_frames: int
     return Video.read(path, fps=fps, max_frames=max_frames) if kind is Video else kind.read(path)
 
 
-def as_part(value: Part | str | np.ndarray | PillowImage.Image | os.PathLike, fps: float | None = None) -> Part:
+def as_part(value: Part | str | np.ndarray | PillowImage.Image | os.PathLike) -> Part:
     """A part from what stands for one: a string is text, a uint8 [H, W, 3] array or a Pillow image a picture, a uint8
-    [T, H, W, 3] array a video, a `pathlib.Path` a file to read (a video at `fps`, if given); a part is itself.
+    [T, H, W, 3] array a video, a `pathlib.Path` a file to read; a part is itself.
 
     Raises UsageError for anything else."""
     match value:
@@ -48,7 +48,7 @@ def as_part(value: Part | str | np.ndarray | PillowImage.Image | os.PathLike, fp
         case PillowImage.Image():
             return Image.from_pil(value)
         case os.PathLike():
-            return read_part(value, fps)
+            return read_part(value)
         case np.ndarray(dtype=np.uint8, ndim=3) if value.shape[2] == 3:
             return Image(value)
         case np.ndarray(dtype=np.uint8, ndim=4) if value.shape[3] == 3:

@@ -19,19 +19,8 @@ from omni.vocabulary import Vocabulary
 
 TEXT, IMAGE, AUDIO = range(3)
 CONTROL = ["<bos>", "<turn>", "<eos>", "<pad>"]
-SPECIAL = [
-    *CONTROL,
-    "<image>",
-    "</image>",
-    "<audio>",
-    "</audio>",
-    "<row>",
-    "<2x2>",
-    "<3x2>",
-    "<video>",
-    "</video>",
-    "<frame>",
-]
+SPECIAL = [*CONTROL, "<image>", "</image>", "<audio>", "</audio>", "<row>", "<2x2>", "<3x2>"]
+SPECIAL_OF_VIDEO = ["<video>", "</video>", "<frame>"]
 SQUARE = {"rows": 2, "columns": 2}
 PLAIN = {
     "image": {
@@ -75,7 +64,8 @@ VIDEO = {
 
 
 def make_grammar(layouts: dict) -> Grammar:
-    vocabulary = Vocabulary.build({"text": 20, "image": 9, "audio0": 7, "audio1": 5}, SPECIAL)
+    special = SPECIAL + (SPECIAL_OF_VIDEO if "video" in layouts else [])
+    vocabulary = Vocabulary.build({"text": 20, "image": 9, "audio0": 7, "audio1": 5}, special)
     control = {name: f"<{name}>" for name in ("bos", "turn", "eos", "pad")}
     return Grammar({"format": 1, "control": control, "modalities": {"text": {"block": "text"}, **layouts}}, vocabulary)
 

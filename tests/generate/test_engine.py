@@ -167,7 +167,8 @@ def test_stream_gives_what_generate_gives(grammar, engine, hop):
         for i, ids in increments:
             joined[i] += ids.tolist()
             assert 0 < len(ids) <= hop
-            assert not closing & set(ids[:-1].tolist())
+            if requests[i].constrained:  # elsewhere the token may stand where it closes nothing
+                assert not closing & set(ids[:-1].tolist())
     assert list(joined.values()) == [reply.ids.tolist() for reply in engine.generate(requests)]
 
 

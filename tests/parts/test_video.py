@@ -80,7 +80,7 @@ def test_repr_is_short_and_as_part_knows_videos(tmp_path):
     assert isinstance(video, Video) and as_part(video) is video
     video.save(tmp_path / "a.mkv")
     assert isinstance(as_part(tmp_path / "a.mkv"), Video)
-    assert len(as_part(tmp_path / "a.mkv", fps=5).frames) == len(read_part(tmp_path / "a.mkv", fps=5).frames) == 2
+    assert len(read_part(tmp_path / "a.mkv", fps=5).frames) == 2
     assert "Video" in refusal(as_part, FRAMES[None], kind=UsageError)
 
 
