@@ -76,7 +76,7 @@ def test_quickstart_leaves_results_a_report_and_a_model(undisturbed, tmp_path):
     assert "<html" in (undisturbed / "report.html").read_text()
     command = [sys.executable, "-m", "omni.cli", "generate", str(undisturbed), "seven", "--want", "image,audio"]
     subprocess.run([*command, "--out", str(tmp_path)], check=True, capture_output=True)
-    assert sorted(os.listdir(tmp_path)) == ["1.png", "2.wav"]
+    assert sorted(os.listdir(tmp_path)) == ["1.png", "2.wav", "reply.json"]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
