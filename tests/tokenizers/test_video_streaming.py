@@ -134,9 +134,14 @@ def sizes() -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_three_hundred_frames_in_the_memory_of_half(capsys):
+def test_three_hundred_frames_in_the_memory_of_half(capsys, monkeypatch):
     """As a stream, arrays and Python's memory are as large after 300 frames as after 150; whole, encode and decode take
-    as much beside their frames and codes. Both give the same."""
+    as much beside their frames and codes. Both give the same.
+
+    A step of a whole video has 16 frames, 0.2 MB, here: an input or two of steps before may still be held, all of them
+    would be 1.9 MB more.
+    """
+    monkeypatch.setattr("omni_tokenizers.video_streaming.PIXELS", 16 * 64 * 64)
     tokenizer = video_cases.random_tokenizer(VideoTokenizerConfig(64, 8, 4, 32, (1,), 1, FSQConfig((8, 8, 8))))
     video = video_cases.videos(301, size=64)
     encoder, decoder = tokenizer.stream(frames=2)
@@ -164,7 +169,7 @@ def test_three_hundred_frames_in_the_memory_of_half(capsys):
     with capsys.disabled():
         print(f"\nat 154 frames {early}, at 301 {late}; whole, beside frames and codes: {peaks}")
     assert late["arrays"] == early["arrays"] and late["python"] - early["python"] < 1 << 16
-    assert all(peaks[301][name] - peaks[149][name] < 1 << 18 for name in ("encode", "decode"))
+    assert all(peaks[301][name] - peaks[149][name] < 1 << 19 for name in ("encode", "decode"))
     assert len(encoder.finish()) == len(decoder.finish()) == 0
     assert (coded, shown) == (76, 301)
     np.testing.assert_array_equal(ids, codes.ids)
