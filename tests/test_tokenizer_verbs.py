@@ -395,14 +395,15 @@ def test_many_pictures_are_measured_a_few_at_a_time(run, directories, tmp_path, 
     """The result is that of all of them together, for any number that goes together."""
     names = [tmp_path / f"{index}.png" for index in range(5)]
     for index, name in enumerate(names):
-        omni.Image(np.random.default_rng(index).integers(0, 256, (24, 24, 3), np.uint8)).save(name)
+        omni.Image(np.random.default_rng(index).integers(0, 256 - 50 * index, (24, 24, 3), np.uint8)).save(name)
     found = []
     for together in (16, 2):
         monkeypatch.setattr("omni.tokenizer_evaluation._TOGETHER", together)
         code, out, _ = run("tokenizer", "eval", directories["vqgan"], *names)
         found.append(json.loads(out))
         assert code == 0 and found[-1]["pictures"] == 5
-    assert found[0] == pytest.approx(found[1]) and found[0]["psnr"] > 0
+    # A pixel may be a level apart: rounding differs with the batch.
+    assert found[0] == pytest.approx(found[1], abs=1e-3) and found[0]["psnr"] > 0
 
 
 def test_a_tokenizer_of_videos_takes_pictures(run, tmp_path):
