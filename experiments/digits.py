@@ -1,4 +1,4 @@
-"""The model in the box: the quickstart's recipe with more steps, two layers fewer and wider heads.
+"""The model in the box: the quickstart's recipe with more steps, two layers fewer, wider heads and other sampling.
 
     omni train experiments/digits.py
     python -m omni.recipes.ship runs/digits omni/recipes/models/digits

@@ -1,4 +1,4 @@
-"""What `omni import`, `omni export` and `omni tokenizer` do with one tokenizer, without a transformer."""
+"""What `omni import`, `omni export` and `omni tokenizer encode` and `decode` do with one tokenizer."""
 
 from __future__ import annotations
 

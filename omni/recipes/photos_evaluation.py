@@ -8,18 +8,14 @@ augmented crops or of the photos as they are) is chosen on the validation photo.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
-import omni_tokenizers
-from omni.exits import exits
 from omni.recipes import photos
+from omni.recipes.measuring import measuring_command
 from omni.recipes.photos_baselines import KMeansConfig, fit_k_means, quantized, webp_nearest
 from omni_tokenizers.codes import codebook_use
 from omni_tokenizers.image import ImageTokenizer
@@ -75,15 +71,7 @@ def evaluate(tokenizer: ImageTokenizer, k_means: KMeansConfig) -> dict:
 
 def main() -> None:
     """Writes the results of a trained tokenizer."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", help="the directory of a trained tokenizer")
-    parser.add_argument("results", type=Path, help="the JSON file to write")
-    options = parser.parse_args()
-    with exits():
-        results = evaluate(omni_tokenizers.load(options.run), KMeansConfig())
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        options.results.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results, indent=1))
+    measuring_command(__doc__.splitlines()[0], lambda tokenizer: evaluate(tokenizer, KMeansConfig()))
 
 
 if __name__ == "__main__":

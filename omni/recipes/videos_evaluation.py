@@ -8,19 +8,15 @@ longer ones, which are slower.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-import omni_tokenizers
-from omni.exits import exits
 from omni.recipes import videos
+from omni.recipes.measuring import measuring_command
 from omni.recipes.videos_recipe import FRAMES
 from omni_tokenizers.codes import codebook_use
 from omni_tokenizers.errors import OmniError
@@ -107,15 +103,7 @@ def _training_boxes(number: int, tokenizer: VideoTokenizer, frames: int) -> Floa
 
 def main() -> None:
     """Writes the results of a trained tokenizer."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", help="the directory of a trained tokenizer")
-    parser.add_argument("results", type=Path, help="the JSON file to write")
-    options = parser.parse_args()
-    with exits():
-        results = evaluate(omni_tokenizers.load(options.run), KMeansConfig())
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        options.results.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results, indent=1))
+    measuring_command(__doc__.splitlines()[0], lambda tokenizer: evaluate(tokenizer, KMeansConfig()))
 
 
 if __name__ == "__main__":

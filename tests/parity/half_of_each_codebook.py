@@ -2,8 +2,9 @@
 
     python tests/parity/half_of_each_codebook.py docs/results/tokenizers/half_of_each_codebook.json
 
-It takes too long for every run of the tests (most of an hour on two cores), whose own clips and pictures at these sizes
-are short and small. Weights are random, and codebooks lie amid the latents, as there; the comparisons are theirs too.
+It takes too long for every run of the tests, whose own clips and pictures at these sizes are short and small. It goes
+on where it was stopped. Weights are random, and codebooks lie amid the latents, as there, and the
+comparisons are theirs.
 """
 
 import argparse

@@ -48,7 +48,9 @@ class VideoTokenizerConfig:
     """Channels of each stage as multiples of `channels`; each stage after the first halves the resolution."""
     residual_blocks: int = 2
     """Pairs of residual blocks, over space and over time, in each stage, in the encoder and in the decoder."""
-    quantizer: SingleQuantizerConfig = VectorQuantizerConfig(codebook_size=1024, dim=16)  # noqa: RUF009 - is frozen
+    quantizer: SingleQuantizerConfig = dataclasses.field(
+        default_factory=lambda: VectorQuantizerConfig(codebook_size=1024, dim=16)
+    )
     """The quantiser of its latents."""
 
     def __post_init__(self):
