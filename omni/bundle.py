@@ -17,16 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 import omni_tokenizers
 from omni.generate import Engine, PreparedRequest, per_modality, unconditional_shadow, wanted_modalities
-from omni.grammar import Grammar
-from omni.model import Transformer, make_decoder
+from omni.grammar import Grammar, Tokens
+from omni.likelihood import document_losses
+from omni.model import Transformer, decoder_on, make_decoder
 from omni.model.files import DESCRIPTION, load_transformer, save_transformer
 from omni.parts import Part, as_part
 from omni.processor import Processor
 from omni.reply import Event, Reply, events, make_replies
+from omni.sharding import MeshConfig, ShardingRules, make_mesh
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.errors import OmniError, UsageError
 
@@ -82,14 +85,16 @@ class Model:
         *,
         context_length: int,
         generation: Mapping[str, Mapping[str, float]] | None = None,
+        mesh: Mesh | None = None,
     ):
+        """A model of these pieces; `mesh` is where the transformer lies, None for one device."""
         if transformer.config.vocabulary_size != vocabulary.size:
             raise OmniError(
                 f"the transformer has {transformer.config.vocabulary_size} ids, its vocabulary.json {vocabulary.size}"
             )
         self.transformer, self.vocabulary, self.grammar = transformer, vocabulary, grammar
         self.processor = Processor(vocabulary, grammar, tokenizers)
-        self.context_length = context_length
+        self.context_length, self.mesh = context_length, mesh
         self.generation = dict(generation or {})
         if unknown := set(self.generation) - set(_NEUTRAL):
             raise OmniError(f"generation.json: unknown setting {sorted(unknown)}; settings are {sorted(_NEUTRAL)}")
@@ -111,10 +116,10 @@ class Model:
     # Files
 
     @classmethod
-    def load(cls, directory: epath.PathLike) -> Model:
+    def load(cls, directory: epath.PathLike, mesh: Mesh | None = None) -> Model:
         """Reads a directory written by `save`; `OmniError` says what is missing, damaged or does not fit."""
         directory = epath.Path(directory)
-        transformer, context_length, belongs_to = load_transformer(directory)
+        transformer, context_length, belongs_to = load_transformer(directory, mesh)
         vocabulary = Vocabulary.from_json(_read_json(directory / "vocabulary.json"))
         grammar = Grammar(_read_json(directory / "grammar.json"), vocabulary)
         tokenizers = {
@@ -124,7 +129,8 @@ class Model:
         }
         settings = directory / "generation.json"
         generation = _read_json(settings) if settings.exists() else None
-        model = cls(transformer, vocabulary, grammar, tokenizers, context_length=context_length, generation=generation)
+        pieces = (transformer, vocabulary, grammar, tokenizers)
+        model = cls(*pieces, context_length=context_length, generation=generation, mesh=mesh)
         found = {"vocabulary": vocabulary.hash, "grammar": grammar.hash}
         for name, hash in (found | {name: each.hash for name, each in tokenizers.items()}).items():
             if belongs_to.get(name, hash) != hash:
@@ -151,7 +157,9 @@ class Model:
     @functools.cached_property
     def engine(self) -> Engine:
         """The batched engine over unstacked weights."""
-        return Engine(make_decoder(self.transformer), self.grammar, context=self.context_length)
+        mesh, model = self.mesh, self.transformer
+        decoder = make_decoder(model) if mesh is None else decoder_on(mesh, ShardingRules(), model)
+        return Engine(decoder, self.grammar, context=self.context_length, mesh=mesh)
 
     def generate(self, parts: Sequence[Part | str], want: Sequence[str] | None = None, **settings) -> Reply:
         """Answers one prompt; `settings` are the other fields of `Request`.
@@ -240,6 +248,10 @@ class Model:
         positions = np.stack([self.grammar.positions(self._states(row), index) for row in ids])
         return np.asarray(_logits(self.transformer, jnp.asarray(ids, jnp.int32), jnp.asarray(positions)))
 
+    def token_losses(self, documents: Sequence[Tokens]) -> list[Float[np.ndarray, " tokens"]]:
+        """Nats that each token of each document costs after those before it; 0 for the first. Batched, exact."""
+        return document_losses(self.transformer, self.grammar, documents)
+
     def _states(self, ids: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " tokens"]:
         """States for positions; ids that are no document (a test, a fragment) count as text."""
         try:
@@ -253,12 +265,17 @@ def _logits(transformer: Transformer, ids, positions):
     return transformer(ids, positions, None)
 
 
-def load(name: epath.PathLike) -> Model:
+def load(name: epath.PathLike, mesh: MeshConfig | None = None) -> Model:
     """Opens a model: the name of one that came with the package, a run, or a directory written by `Model.save`.
 
     A directory that holds a model goes before a model in the box of the same name, any other directory does not.
 
+    Args:
+      mesh: how the transformer lies on this machine's devices, as for a training: `MeshConfig(tensor=4)` splits its
+        layers over four and requests over what is left. Without it, one device holds and does everything.
+
     Raises:
+      UsageError: the mesh does not fit the devices.
       OmniError: if there is no model of that name, or its files are damaged; says what is missing.
     """
     boxed = sorted(path.name for path in MODELS.glob("*/"))
@@ -270,7 +287,7 @@ def load(name: epath.PathLike) -> Model:
         raise OmniError(f"{name}: no such directory, nor a model in the box (there is: {known})")
     if not (directory / DESCRIPTION).exists():
         raise OmniError(f"{directory}: not a run or a model: it holds no {DESCRIPTION}")
-    return Model.load(directory)
+    return Model.load(directory, None if mesh is None else make_mesh(mesh))
 
 
 def _listed(parts) -> Sequence:

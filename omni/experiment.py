@@ -73,7 +73,10 @@ def _keys(config, prefix: str = "--") -> Iterator[str]:
     """The command-line names of a configuration's settings, those of the configurations in it with a dot."""
     for field in dataclasses.fields(config):
         name, value = prefix + field.name.replace("_", "-"), getattr(config, field.name)
-        yield from _keys(value, f"{name}.") if dataclasses.is_dataclass(value) else [name]
+        if dataclasses.is_dataclass(value):
+            yield from _keys(value, f"{name}.")
+        else:
+            yield from [f"{name}.{key}" for key in value] if isinstance(value, dict) and value else [name]
 
 
 def _first_message(box: str) -> str:

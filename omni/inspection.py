@@ -1,4 +1,4 @@
-"""`omni inspect`: what a model is made of."""
+"""`omni inspect`: what a model is made of, whether a run's checkpoints are whole, where a document comes from."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
+import omni_tokenizers
 from omni.bundle import Model, load
+from omni.data.shards import TokenShards
+from omni.processor import Processor
+from omni.train.manifests import has_manifest, verify
+from omni.train.run_directory import CHECKPOINTS
 from omni_tokenizers import weights
+from omni_tokenizers.errors import OmniError, UsageError
 
 
 def describe(name: str) -> dict:
@@ -66,14 +72,81 @@ def _sample(model: Model, run: epath.Path, count: int = 3) -> list[str]:
     shards = run / "tokens"
     if not (shards / "manifest.json").exists():
         return []
-    from omni.data.shards import TokenShards
-
     documents = TokenShards(shards)
     step = max(1, len(documents) // count)
     return [
         " | ".join(f"{'context' if part.context else 'target'} {part!r}" for part in model.decode(documents[i]["ids"]))
         for i in range(0, step * count, step)
     ]
+
+
+def describe_document(name: str, number: int) -> dict:
+    """Where a document of token shards comes from and what it holds, as JSON.
+
+    Raises:
+      OmniError: there are no token shards, or damaged ones.
+      UsageError: they have no such document.
+    """
+    shards = TokenShards(name)
+    if not 0 <= number < len(shards):
+        raise UsageError(f"{name}: there is no document {number}; they are numbered from 0 to {len(shards) - 1}")
+    document, origin, provenance = shards[number], shards.origin(number), shards.manifest["provenance"]
+    text = shards.directory / "tokenizers" / "text"
+    tokenizers = {"text": omni_tokenizers.load(text)} if text.exists() else {}
+    processor = Processor(shards.vocabulary, shards.grammar, tokenizers)
+    parts = []
+    for span in shards.grammar.parse(document["ids"]):
+        part = {"modality": span.modality, "context": span.context, "codes": list(span.codes.shape)}
+        if span.modality in tokenizers:
+            part["text"] = processor.parts([[span]])[0][0].text
+        parts.append(part)
+    return {
+        "shards": str(name),
+        "document": number,
+        "origin": origin if origin is None else f"{provenance.get('folder', '.')}/{origin}",
+        "source": provenance.get("source"),
+        "tokens": len(document["ids"]),
+        "target_tokens": int(document["target"].sum()),
+        "parts": parts,
+    }
+
+
+def verify_run(name: str) -> dict[str, list[str] | None]:
+    """What is wrong with each checkpoint of a run, and of the trainings in it, by path: a line for each file.
+
+    A checkpoint without a manifest, as earlier versions wrote them, has None instead of lines.
+
+    Raises:
+      OmniError: there are no checkpoints.
+    """
+    run = epath.Path(name)
+    roots = [root for pattern in ("", "*/", "*/*/") for root in sorted(run.glob(f"{pattern}{CHECKPOINTS}"))]
+    steps = [path for root in roots for path in root.iterdir() if path.name.isdigit()]
+    if not steps:
+        raise OmniError(f"{name}: there are no checkpoints to verify; name the directory of a training run")
+    steps.sort(key=lambda path: (path.parent, int(path.name)))
+    return {str(path): verify(path) if has_manifest(path) else None for path in steps}
+
+
+def print_verification(found: dict[str, list[str] | None]) -> None:
+    """Prints what `verify_run` found, for people."""
+    for path, wrong in found.items():
+        if wrong is None:
+            print(f"{path}: not verified (it has no manifest)")
+        for line in wrong or ():
+            print(f"{path}: {line}")
+        if wrong == []:
+            print(f"{path}: whole")
+
+
+def print_document(found: dict) -> None:
+    """Prints what `describe_document` found, for people."""
+    print(f"{found['shards']}, document {found['document']}: from {found['origin'] or 'where is not recorded'}")
+    print(f"  {found['tokens']} tokens, {found['target_tokens']} of them to be learned")
+    for part in found["parts"]:
+        codes = " x ".join(map(str, part["codes"]))
+        content = repr(part["text"]) if "text" in part else f"of {codes} codes"
+        print(f"  {'context' if part['context'] else 'target'} {part['modality']} {content}")
 
 
 def print_description(description: dict) -> None:

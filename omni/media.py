@@ -2,7 +2,7 @@
 
 Sizes are bounded by what the header states, before anything is decoded, and every failure is one clear line.
 
-Files are opened as streams, so that local paths and `gs://` paths (etils.epath) go the same way.
+Files are opened as streams, so that paths of disks and of buckets (`gs://`) go the same way.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from jaxtyping import Float, Shaped, UInt8
 from PIL import Image as PillowImage
 from PIL import ImageOps, UnidentifiedImageError
 
+from omni.storage import is_remote, reading
 from omni_tokenizers.errors import OmniError, UsageError
 
 MAX_PIXELS = 64_000_000
@@ -50,20 +51,27 @@ def as_path(path: str | os.PathLike):
 
 @contextlib.contextmanager
 def open_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Opens a file for reading bytes; raises UsageError when there is none, OmniError when it cannot be read."""
+    """Opens a file for reading bytes.
+
+    Raises:
+      UsageError: there is none.
+      OmniError: it cannot be read, or is empty; `StorageError` where a bucket refuses, whatever a decoder made of it.
+    """
     path = as_path(path)
     with contextlib.ExitStack() as stack:
         try:
-            if not path.exists():
-                raise UsageError(f"{path}: no such file")
-            if not path.is_file():
-                raise UsageError(f"{path}: a file was expected, this is a folder or a device")
-            stream = stack.enter_context(path.open("rb"))
+            if not is_remote(path) and path.exists() and not path.is_file():
+                raise IsADirectoryError  # a device that were opened could wait for ever
+            stream = stack.enter_context(reading(path))
             size = stream.seek(0, os.SEEK_END)
             stream.seek(0)
+        except FileNotFoundError:
+            raise UsageError(f"{path}: no such file") from None
+        except IsADirectoryError:
+            raise UsageError(f"{path}: a file was expected, this is a folder or a device") from None
         except OmniError:
             raise
-        except Exception as error:  # stores behind gs:// have exceptions of their own
+        except Exception as error:  # no permission, a name that the system cannot have
             raise OmniError(f"{path}: cannot be read ({reason(error)})") from error
         if size == 0:
             raise OmniError(f"{path}: the file is empty (0 bytes)")
@@ -94,27 +102,30 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def read_picture(path: str | os.PathLike) -> Shaped[np.ndarray, "height width *channels"]:
-    """Decodes the (first) picture of a file, upright; see `pixels_of` for what comes back.
-
-    Raises UsageError for a missing file and OmniError for an empty, truncated or foreign one, or one of more than
-    MAX_PIXELS pixels; the last is known from the header, before decoding.
-    """
+    """Decodes the (first) picture of a file, upright; see `decode_picture`. UsageError for a missing file."""
     with open_file(path) as stream:
-        try:
-            with warnings.catch_warnings(record=True) as complaints:
-                warnings.simplefilter("always")
-                pixels = _first_frame(PillowImage.open(stream, formats=_PICTURE_FORMATS), path)
-        except OmniError:
-            raise
-        except PillowImage.DecompressionBombError as error:  # raised while opening, far above our own limit
-            raise OmniError(
-                f"{path}: the picture is larger than {_millions(MAX_PIXELS)} pixels; scale it down"
-            ) from error
-        except UnidentifiedImageError as error:
-            formats = ", ".join(_PICTURE_FORMATS)
-            raise OmniError(f"{path}: not a picture in a known format ({formats})") from error
-        except Exception as error:  # decoders raise anything on hostile bytes, from struct.error to KeyError
-            raise OmniError(f"{path}: the picture is damaged or unsupported ({reason(error)})") from error
+        return decode_picture(stream, path)
+
+
+def decode_picture(stream: BinaryIO, path) -> Shaped[np.ndarray, "height width *channels"]:
+    """Decodes the (first) picture of an open file, upright; see `pixels_of` for what comes back.
+
+    Raises OmniError, which begins with `path`, for an empty, truncated or foreign one, or one of more than MAX_PIXELS
+    pixels; the last is known from the header, before decoding.
+    """
+    try:
+        with warnings.catch_warnings(record=True) as complaints:
+            warnings.simplefilter("always")
+            pixels = _first_frame(PillowImage.open(stream, formats=_PICTURE_FORMATS), path)
+    except OmniError:
+        raise
+    except PillowImage.DecompressionBombError as error:  # raised while opening, far above our own limit
+        raise OmniError(f"{path}: the picture is larger than {_millions(MAX_PIXELS)} pixels; scale it down") from error
+    except UnidentifiedImageError as error:
+        formats = ", ".join(_PICTURE_FORMATS)
+        raise OmniError(f"{path}: not a picture in a known format ({formats})") from error
+    except Exception as error:  # decoders raise anything on hostile bytes, from struct.error to KeyError
+        raise OmniError(f"{path}: the picture is damaged or unsupported ({reason(error)})") from error
     for complaint in complaints:
         _log.warning("%s: %s", path, reason(complaint.message))
     return pixels
@@ -164,23 +175,30 @@ def _grey_from_16_bit(values: Shaped[np.ndarray, "height width"]) -> UInt8[np.nd
 def read_sound(
     path: str | os.PathLike, max_seconds: float = MAX_SECONDS
 ) -> tuple[Float[np.ndarray, "channels samples"], int]:
-    """Decodes a sound file to float32 samples (full scale 1) and its sample rate in hertz.
+    """Decodes a sound file; see `decode_sound`. UsageError for a missing file."""
+    with open_file(path) as stream:
+        return decode_sound(stream, path, max_seconds)
 
-    Raises UsageError for a missing file and OmniError for an empty, truncated or foreign one, and for one longer than
+
+def decode_sound(
+    stream: BinaryIO, path, max_seconds: float = MAX_SECONDS
+) -> tuple[Float[np.ndarray, "channels samples"], int]:
+    """Decodes an open sound file to float32 samples (full scale 1) and its sample rate in hertz.
+
+    Raises OmniError, which begins with `path`, for an empty, truncated or foreign one, and for one longer than
     `max_seconds` or MAX_SAMPLES; the length is known from the header, before decoding.
     """
-    with open_file(path) as stream:
-        try:
-            _check_stated_length(stream, path)
-            with soundfile.SoundFile(stream) as sound:
-                _check_sound_header(sound, path, max_seconds)
-                return _decode(sound, path), sound.samplerate
-        except OmniError:
-            raise
-        except soundfile.LibsndfileError as error:
-            raise OmniError(f"{path}: not a sound that can be read ({reason(error)})") from error
-        except Exception as error:  # as for pictures
-            raise OmniError(f"{path}: the sound is damaged or unsupported ({reason(error)})") from error
+    try:
+        _check_stated_length(stream, path)
+        with soundfile.SoundFile(stream) as sound:
+            _check_sound_header(sound, path, max_seconds)
+            return _decode(sound, path), sound.samplerate
+    except OmniError:
+        raise
+    except soundfile.LibsndfileError as error:
+        raise OmniError(f"{path}: not a sound that can be read ({reason(error)})") from error
+    except Exception as error:  # as for pictures
+        raise OmniError(f"{path}: the sound is damaged or unsupported ({reason(error)})") from error
 
 
 def _check_sound_header(sound: soundfile.SoundFile, path, max_seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -89,6 +90,37 @@ class Processor:
         iterator = iter(spans)
         return [[next(iterator) for _ in document] for document in documents]
 
+    def prepared(self, part: Part) -> Part:
+        """A part as its tokenizer takes it: a picture or video of its size, a sound or video of its rate.
+
+        `spans` does so itself; done before, by other threads, it leaves less to what feeds a device.
+
+        Raises:
+          OmniError: no tokenizer of this modality, or a sound or video that is longer than the grammar holds.
+        """
+        tokenizer = self.tokenizer(part.modality)
+        match part:
+            case Image():
+                return part.resize_crop(tokenizer.image_size, tokenizer.image_size)
+            case Audio():
+                step, longest = tokenizer.samples_per_frame, max(c for _, c in self.grammar.layouts["audio"].shapes)
+                limit = longest * step / tokenizer.sample_rate
+                if part.seconds > limit:
+                    raise OmniError(
+                        f"a sound of {part.seconds:.2f} s is too long: this model takes at most {limit:.2f} s"
+                    )
+                part = part.mono().resample(tokenizer.sample_rate)
+                samples = part.samples[:, : longest * step]  # resampled, it may have become one longer
+                return dataclasses.replace(part, samples=samples) if samples.size < part.samples.size else part
+            case Video():
+                rate, most = self._declared_rate(), self.most_frames
+                if part.seconds * rate >= most:
+                    limit = f"{most} frames at {rate:g} a second"
+                    raise OmniError(f"a video of {part.seconds:.2f} s is too long: this model takes at most {limit}")
+                size = tokenizer.config.image_size
+                return part.resample(rate).resize_crop(size, size)
+        return part
+
     def prompt(self, parts: Sequence[Part]) -> Int[np.ndarray, " tokens"]:
         """`bos, parts, turn`: ids that the model reads before it answers."""
         return self.grammar.prompt(self.spans([parts])[0])
@@ -102,39 +134,24 @@ class Processor:
         return [np.asarray(tokenizer.encode(part.text), np.int32) for part in parts]
 
     def _encode_images(self, parts: Sequence[Image]) -> list[Int[np.ndarray, "1 rows columns"]]:
-        tokenizer = self.tokenizer("image")
-        size = tokenizer.image_size
-        pixels = np.stack([part.resize_crop(size, size).pixels for part in parts])
-        return list(np.asarray(tokenizer.encode(pixels))[:, None])
+        pixels = np.stack([self.prepared(part).pixels for part in parts])
+        return list(np.asarray(self.tokenizer("image").encode(pixels))[:, None])
 
     def _encode_audio(self, parts: Sequence[Audio]) -> list[Int[np.ndarray, "codebooks 1 frames"]]:
         tokenizer = self.tokenizer("audio")
-        step, longest = tokenizer.samples_per_frame, max(c for _, c in self.grammar.layouts["audio"].shapes)
-        clips = []
-        for part in parts:
-            if part.seconds > longest * step / tokenizer.sample_rate:
-                limit = longest * step / tokenizer.sample_rate
-                raise OmniError(f"a sound of {part.seconds:.2f} s is too long: this model takes at most {limit:.2f} s")
-            clips.append(part.mono().resample(tokenizer.sample_rate).samples[0][: longest * step])
+        clips = [self.prepared(part).samples[0] for part in parts]
         lengths = np.array([len(clip) for clip in clips])
         batch = np.zeros((len(clips), 1, lengths.max()), np.float32)
         for row, clip in zip(batch, clips, strict=True):
             row[0, : len(clip)] = clip
         codes = np.asarray(tokenizer.encode(batch, lengths=lengths))
-        frames = -(-lengths // step)
+        frames = -(-lengths // tokenizer.samples_per_frame)
         return [item[:, None, :n] for item, n in zip(codes, frames, strict=True)]
 
     def _encode_videos(self, parts: Sequence[Video]) -> list[Int[np.ndarray, "1 frames rows columns"]]:
-        tokenizer, rate = self.tokenizer("video"), self._declared_rate()
-        size, most = tokenizer.config.image_size, self.most_frames
-        codes = []
-        for part in parts:
-            if part.seconds * rate >= most:
-                limit = f"{most} frames at {rate:g} a second"
-                raise OmniError(f"a video of {part.seconds:.2f} s is too long: this model takes at most {limit}")
-            frames = part.resample(rate).resize_crop(size, size).frames
-            codes.append(np.asarray(tokenizer.encode(frames[None])))  # a batch of one stands for the only codebook
-        return codes
+        tokenizer = self.tokenizer("video")
+        # A batch of one stands for the only codebook.
+        return [np.asarray(tokenizer.encode(self.prepared(part).frames[None])) for part in parts]
 
     def _declared_rate(self) -> float:
         if self.frame_rate is None:

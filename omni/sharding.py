@@ -11,7 +11,9 @@ from functools import cache
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -37,15 +39,17 @@ class MeshConfig:
     context: int = 1
     """Splits sequences along their length."""
     expert: int = 1
-    """Splits experts."""
+    """Splits experts, and the batch everywhere else."""
     tensor: int = 1
     """Splits heads, hidden widths and the vocabulary (tensor parallelism)."""
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh with every axis of `config` over all devices (or those given).
+    """A mesh with every axis of `config` over all devices (or those given); what leaves a slice of TPUs goes along the
+    axis `slice` alone.
 
-    Raises UsageError where the sizes do not multiply to the number of devices.
+    Raises UsageError where the sizes do not multiply to the number of devices, or `slice` is no multiple of the slices
+    that there are.
     """
     devices = jax.devices() if devices is None else devices
     sizes = asdict(config)
@@ -59,14 +63,29 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         raise UsageError(
             f"mesh ({wanted}) does not fit {len(devices)} devices: choose sizes whose product is that number"
         )
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+    shape, count = tuple(sizes.values()), len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["slice"] % count:
+        raise UsageError(f"mesh.slice is {sizes['slice']}, but the devices are in {count} slices; set it to {count}")
+    try:
+        placed = _placed(shape, devices, count, split=False)
+    except NotImplementedError:  # no axes of the torus have these products: an axis of the mesh takes parts of them
+        placed = _placed(shape, devices, count, split=True)
+    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _placed(shape: tuple[int, ...], devices: list[jax.Device], slices: int, *, split: bool) -> np.ndarray:
+    """The devices in a mesh's shape, neighbours in it being neighbours in their slice, as far as that goes."""
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
+    within, between = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=split)
 
 
 @dataclass(frozen=True)
 class ShardingRules:
     """For each logical axis, the mesh axis or axes that split it; None: not split."""
 
-    batch: MeshAxes = ("slice", "data", "fsdp")
+    batch: MeshAxes = ("slice", "data", "fsdp", "expert")
     """Rows of a batch."""
     length: MeshAxes = "context"
     """Tokens of a row."""
@@ -107,6 +126,11 @@ class ShardingRules:
         return PartitionSpec(*spec)
 
 
+def spread(mesh: Mesh, entry: MeshAxes) -> int:
+    """Over how many devices a dimension with this entry in its spec is split."""
+    return math.prod(mesh.shape[name] for name in mesh_axes(entry))
+
+
 def mesh_axes(entry: MeshAxes) -> tuple[str, ...]:
     """A rule's mesh axes as a tuple."""
     return (entry,) if isinstance(entry, str) else entry or ()
@@ -121,7 +145,7 @@ def named_sharding(
     """
     spec = rules.spec(axes)
     if shape is not None:
-        parts = [math.prod(mesh.shape[name] for name in mesh_axes(entry)) for entry in spec]
+        parts = [spread(mesh, entry) for entry in spec]
         for axis, size, count in zip(axes, shape, parts, strict=True):
             if size % count:
                 warn_once(f"axis {axis} of size {size} is not divisible by its {count} mesh devices: it is replicated")
@@ -155,13 +179,18 @@ def activations_on(mesh: Mesh, rules: ShardingRules) -> Iterator[None]:
         ACTIVE.reset(token)
 
 
+def active_mesh() -> tuple[Mesh, ShardingRules] | None:
+    """Mesh and rules inside `activations_on`; elsewhere None."""
+    return ACTIVE.get()
+
+
 def constrain(x: Array, *axes: str | None) -> Array:
     """An activation laid out by its logical axes, inside `activations_on`; elsewhere `x` itself.
 
     Without this, the compiler may split activations as parameters are split, along the width, and give every device the
     whole batch.
     """
-    active = ACTIVE.get()
+    active = active_mesh()
     if active is None:
         return x
     mesh, rules = active

@@ -102,7 +102,7 @@ def prepared(
         return _samples(tokenizer, part, changes)
     if isinstance(part, Video):
         return _frames(part, None if tokenizer.takes_any_size else tokenizer.image_size, changes)
-    return _pixels(part, tokenizer.image_size if same_size or not tokenizer.takes_any_size else None, changes)
+    return _pixels(part, None if tokenizer.takes_any_size and not same_size else tokenizer.image_size, changes)
 
 
 def say(changes: collections.Counter[str], parts: int) -> None:

@@ -1,7 +1,23 @@
 """Small whole models with random weights, for tests of what meets in `omni.bundle`; how commands are run."""
 
+import os
+import signal
 import sys
+import tempfile
 from pathlib import Path
+
+# Before jax is imported, here and in the processes that tests start. Their nets are tiny, and most of the time would go
+# into LLVM's optimisations of programs that run a few times; many tests compile the same program, which is kept.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")  # removed with the process
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+# A shell's background jobs ignore Ctrl-C, and so would the programs whose Ctrl-C tests are about.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pytest
@@ -19,6 +35,14 @@ from omni_tokenizers.image import ImageTokenizerConfig, ImageVQ
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
 
 SPECIAL = ("<bos>", "<turn>", "<eos>", "<pad>", "<image>", "</image>", "<audio>", "</audio>")
+
+
+@pytest.fixture(scope="module")
+def optimised_processes():
+    """Processes that a module's tests start compile with optimisations, as a user's do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
+        yield
 
 
 @pytest.fixture(scope="session")

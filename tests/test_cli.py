@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ import soundfile
 
 import omni
 from omni import doctor
-from omni.cli import read_arguments
 from omni.parts import read_part
+from omni.verbs import read_arguments
+
+EXPERIMENT = str(Path(__file__).parents[1] / "experiments" / "tokenizers" / "photos.py")
 
 
 def test_generate_writes_a_mixed_reply(run, tiny_bundle, tmp_path, tone):
@@ -49,7 +52,7 @@ def test_doctor_finds_what_is_missing_or_too_old(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1" if name == "soxr" else version(name))
     found = {entry["name"]: entry for entry in doctor.check()}
     assert not found["soxr"]["ok"] and "wanted" in found["soxr"]["found"] and found["jax"]["ok"]
-    assert doctor.missing("quickstart") == []
+    assert doctor.missing("quickstart") == [] and doctor.missing("test") == []
     monkeypatch.setattr(doctor, "DISTRIBUTION", "omni-that-nobody-installed")
     assert doctor.missing("quickstart") == ["omni-that-nobody-installed"]
 
@@ -97,20 +100,21 @@ def wav_bytes(samples, rate=16000) -> bytes:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "code"),
-    [
-        ("missing.png", None, 2),
-        ("empty.png", b"", 1),
-        ("truncated.png", huge_png()[:30], 1),
-        ("bomb.png", huge_png(), 1),
-        ("text.wav", b"this is no sound", 1),
-        ("empty.wav", wav_bytes(np.zeros(0, np.float32)), 1),
-        ("nan.wav", wav_bytes(np.full(1600, np.nan, np.float32)), 1),
-        ("long.wav", wav_bytes(np.zeros(160000, np.float32)), 1),
-    ],
-)
-def test_bad_files_give_one_line(run, tiny_bundle, tmp_path, name, content, code):
+BAD_FILES = {  # name: content, exit code
+    "missing.png": (None, 2),
+    "empty.png": (b"", 1),
+    "truncated.png": (huge_png()[:30], 1),
+    "bomb.png": (huge_png(), 1),
+    "text.wav": (b"this is no sound", 1),
+    "empty.wav": (wav_bytes(np.zeros(0, np.float32)), 1),
+    "nan.wav": (wav_bytes(np.full(1600, np.nan, np.float32)), 1),
+    "long.wav": (wav_bytes(np.zeros(160000, np.float32)), 1),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_give_one_line(run, tiny_bundle, tmp_path, name):
+    content, code = BAD_FILES[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
     found, out, err = run("generate", tiny_bundle, tmp_path / name, "--want", "text")
@@ -133,6 +137,8 @@ def test_a_sound_of_192_khz_and_8_channels_is_read(run, tiny_bundle, tmp_path):
         (["generate", "MODEL", "seven", "--temperature", "inf"], 2, "finite number"),
         (["generate", "MODEL", "seven", "--top-k", "nan"], 2, "finite number"),
         (["generate", "MODEL", "seven", "--max-tokens", "0"], 2, "at least 1"),
+        (["generate", "MODEL", "seven", "--tensor", "0"], 2, "at least 1"),
+        (["generate", "MODEL", "seven", "--tensor", "3"], 2, "does not fit 1 devices"),
         (["generate", "MODEL", "seven", "--want", "image", "--out", "/dev/null/out"], 1, "Not a directory"),
         (["export", "MODEL", "/dev/null"], 2, "no empty directory"),
         (["generate", "MODEL"], 2, "required"),
@@ -143,6 +149,14 @@ def test_a_sound_of_192_khz_and_8_channels_is_read(run, tiny_bundle, tmp_path):
         (["train", "nowhere.py"], 2, "no such experiment"),
         (["train", "--seed", "1", "nowhere.py"], 2, "the file comes first"),
         (["train", "--help"], 0, "example:"),
+        (["train", "--help"], 0, "OMNI_COORDINATOR"),
+        (["train", EXPERIMENT, "--process", "0"], 2, "--coordinator (OMNI_COORDINATOR), --processes"),
+        (["train", EXPERIMENT, "--proces", "0"], 2, "unknown configuration key"),
+        (
+            ["tokenizer", "train", EXPERIMENT, "--coordinator", "x", "--processes", "2", "--process", "0"],
+            2,
+            "host:port",
+        ),
         (["tokenizer", "train", "--help"], 0, "example:"),
         (["tokenizer", "encode", "--help"], 0, "example:"),
         (["quickstart", "--imagee-variants", "3"], 2, "the nearest is --image-variants"),
@@ -152,6 +166,14 @@ def test_a_sound_of_192_khz_and_8_channels_is_read(run, tiny_bundle, tmp_path):
         (["eval", "."], 1, "no run of the digits recipe"),
         (["eval", ".", "--model", "MODEL"], 2, "with --output"),
         (["eval", ".", "--model", "MODEL", "--output", "."], 2, "with --output"),
+        (["eval", "MODEL", "--data", "nowhere.jsonl", "--output", "o"], 1, "nowhere.jsonl: no such file"),
+        (["eval", ".", "--data", "x.jsonl"], 1, "not a run or a model"),
+        (["eval", "nowhere", "--data", "x.jsonl", "--output", "o"], 1, "no such directory"),
+        (["eval", "digits", "--data", "x.jsonl"], 2, "name one with --output"),
+        (["eval", "MODEL", "--data", "x.jsonl", "--directions", "image"], 2, "write context:target"),
+        (["eval", "MODEL", "--data", "x.jsonl", "--candidates", "1"], 2, "at least 2"),
+        (["eval", "MODEL", "--data", "x.jsonl", "--model", "MODEL"], 2, "the model comes first"),
+        (["eval", "MODEL", "--seed", "1"], 2, "name them with --data"),
     ],
 )
 def test_wrong_usage_says_what_is_right(run, tiny_bundle, tmp_path, monkeypatch, arguments, code, message):

@@ -44,6 +44,7 @@ def test_it_answers_by_name(tmp_path, monkeypatch, capsys):
     assert "wrote out/1.png" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_it_says_again_what_it_drew(model):
     """Words go to pictures and sounds and come back: most of the ten digits survive, whatever the seed."""
     words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

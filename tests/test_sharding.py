@@ -129,7 +129,7 @@ def test_rules_place_axes():
     """Logical axes go where the rules say; an unknown one names its nearest; a mesh axis used twice is an error."""
     rules = ShardingRules()
     assert rules.spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(None, "fsdp", "tensor", None)
-    assert rules.spec(("batch", "length", None)) == PartitionSpec(("slice", "data", "fsdp"), "context", None)
+    assert rules.spec(("batch", "length", None)) == PartitionSpec(("slice", "data", "fsdp", "expert"), "context", None)
     with pytest.raises(UsageError, match=r"'hads'.*'heads'"):
         rules.spec(("hads",))
     with pytest.raises(UsageError, match="'tensor' on two dimensions"):

@@ -28,14 +28,14 @@ def describe_machine(remotes: Sequence[Remote]) -> dict[str, Any]:
         raise UsageError(f"{found}: add --device cpu, or install both for the GPU")
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": cores(),
         "python": platform.python_version(),
         "sides": sides,
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """What Linux calls the CPU; elsewhere what Python does."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

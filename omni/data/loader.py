@@ -9,9 +9,11 @@ from typing import Any
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
 from omni.data.packing import Packing
 from omni.data.shards import TokenShards
+from omni_tokenizers.errors import UsageError
 
 logger = logging.getLogger(__name__)
 ENDLESS = 1 << 62
@@ -45,10 +47,67 @@ class PackedRows:
     def __len__(self) -> int:
         return ENDLESS
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def documents(self, index: int) -> Int[np.ndarray, " segments"]:
+        """The numbers of the documents of a row, in the order of its segments."""
         epoch, row = divmod(int(index), self.packing.rows)
-        documents = [self.shards[document] for document in self._epoch(epoch)[row]]
+        return self._epoch(epoch)[row]
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        documents = [self.shards[document] for document in self.documents(index)]
         return pack_row(self.grammar, documents, self.row_length)
+
+
+def mixed_rows(
+    shards: Sequence[tuple[TokenShards, float]], row_length: int, seed: int, taken: Sequence[int] | None = None
+) -> grain.MapDataset:
+    """Rows of one or several shard sets, endless; each set in its own order, which is that of `PackedRows`.
+
+    A row holds documents of one set. Which set is a pure function of the row's number, the weights and how well each
+    set packs, so the position in a mixture is one index, too.
+
+    Args:
+      shards: sets, and the share of the tokens that comes from each (to one in a hundred, in any scale).
+      seed: of the first set's order; the others have seeds made of it.
+      taken: the row of each set that comes first; the very first by default.
+
+    Raises:
+      OmniError: no document of a set fits a row.
+      UsageError: a weight is not above 0.
+    """
+    if bad := [weight for _, weight in shards if not 0 < weight < float("inf")]:
+        raise UsageError(f"a share of a mixture is {bad[0]}; shares are numbers above 0 (leave out what has none)")
+    rows = _rows(shards, row_length, seed)
+    sources = [grain.MapDataset.source(each) for each in rows]
+    if taken is not None:
+        sources = [source[first:] for source, first in zip(sources, taken, strict=True)]
+    return sources[0] if len(rows) == 1 else grain.MapDataset.mix(sources, _parts(shards, rows))
+
+
+def rows_of_each(shards: Sequence[tuple[TokenShards, float]], row_length: int, seed: int, count: int) -> list[int]:
+    """How many rows of each set are among the first `count` of `mixed_rows`."""
+    if len(shards) == 1:
+        return [count]
+    numbers = [
+        grain.MapDataset.range(ENDLESS).map(lambda row, place=place: (place, row)) for place in range(len(shards))
+    ]
+    mixed, next_rows = grain.MapDataset.mix(numbers, _parts(shards, _rows(shards, row_length, seed))), {}
+    while len(next_rows) < len(shards):
+        place, row = mixed[count]
+        next_rows.setdefault(place, row)
+        count += 1
+    return [next_rows[place] for place in range(len(shards))]
+
+
+def _rows(shards: Sequence[tuple[TokenShards, float]], row_length: int, seed: int) -> list[PackedRows]:
+    # Sets of like lengths (one in two directions, say) would be shuffled alike under one seed.
+    seeds = [seed, *np.random.SeedSequence(seed).generate_state(len(shards) - 1).tolist()]
+    return [PackedRows(each, row_length, own) for (each, _), own in zip(shards, seeds, strict=True)]
+
+
+def _parts(shards: Sequence[tuple[TokenShards, float]], rows: Sequence[PackedRows]) -> list[float]:
+    """The rows of each set for each of the set that has fewest; grain mixes by whole hundredths of them."""
+    counts = [weight / each.packing.efficiency for (_, weight), each in zip(shards, rows, strict=True)]
+    return [count / min(counts) for count in counts]
 
 
 def pack_row(grammar, documents: Sequence[dict[str, np.ndarray]], row_length: int) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -14,15 +14,17 @@ import jax
 import numpy as np
 from etils import epath
 from flax import nnx
+from tqdm import tqdm
 
 from omni.bundle import Model
+from omni.model.files import settings_of_the_model
 
 
 def model_hash(model: Model) -> str:
     """First 16 hex digits of the SHA-256 over parameters, configuration, vocabulary, grammar, tokenizers and sampling
     settings."""
     tokenizers = {modality: tokenizer.hash for modality, tokenizer in model.tokenizers.items()}
-    config = [dataclasses.asdict(model.config), model.context_length]
+    config = [settings_of_the_model(model.config), model.context_length]
     names = [model.vocabulary.hash, model.grammar.hash, tokenizers, model.generation, config]
     digest = hashlib.sha256(json.dumps(names, sort_keys=True).encode())
     leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model.transformer)))
@@ -58,6 +60,21 @@ class Cells:
         result = plain(compute())
         write_json(self._path(name), {"seconds": round(time.monotonic() - start, 2), "result": result})
         return result
+
+    def measure_all(self, plan: dict[str, tuple[int, Callable[[Callable[[int], None]], dict]]], unit: str) -> dict:
+        """The results of all cells of a plan, with a progress bar over those that are still to do.
+
+        Args:
+          plan: for each cell how much there is to do, and what computes it, given what it tells of its progress.
+          unit: what the amounts count.
+        """
+        to_do = sum(amount for name, (amount, _) in plan.items() if not self.finished(name))
+        measured = {}
+        with tqdm(total=to_do, desc="evaluation", unit=unit, smoothing=0.1, dynamic_ncols=True) as bar:
+            for name, (_, compute) in plan.items():
+                bar.set_postfix_str(name)
+                measured[name] = self.measure(name, functools.partial(compute, bar.update))
+        return measured
 
     def _read(self, name: str) -> dict | None:
         try:

@@ -71,7 +71,7 @@ class EvaluationData:
         for examples in (*self.train.values(), *self.test.values()):
             digest.update(np.asarray(examples.labels, np.int64).tobytes())
             for part in examples.parts:
-                digest.update(_content(part))
+                digest.update(content(part))
         for codes in self.pool.values():
             for item in codes:
                 digest.update(np.asarray(item, np.int32).tobytes())
@@ -104,7 +104,8 @@ def draw_inputs(
     return [examples.parts[i] for i in chosen], np.asarray(examples.labels)[chosen]
 
 
-def _content(part: Part) -> bytes:
+def content(part: Part) -> bytes:
+    """What stands for a part in a hash."""
     match part.modality:
         case "text":
             return part.text.encode()

@@ -2,54 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from omni.bundle import Model
 from omni.evaluate.data import EvaluationData, draw_inputs, seed_of
+from omni.evaluate.intervals import cluster_interval, wilson_interval
 from omni.evaluate.judges import Judge
 from omni.evaluate.replies import Progress, ask, only_part
 from omni.evaluate.settings import EvaluationSettings
 from omni.parts import Part
 from omni.reply import Reply
-
-
-def wilson_interval(right: float, count: float) -> list[float]:
-    """95 % interval of a share (Wilson 1927): it stays inside [0, 1] and is no point at 0 % or 100 %."""
-    z = 1.959964
-    share, scale = right / count, 1 + z * z / count
-    middle = (share + z * z / (2 * count)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return [max(0.0, middle - half), min(1.0, middle + half)]
-
-
-def cluster_interval(right: Bool[np.ndarray, " n"], clusters: Sequence[Hashable]) -> list[float]:
-    """95 % interval of the share of `right` where outcomes of one cluster depend on one another.
-
-    Wilson's interval for as many independent outcomes as these are worth (`effective_count`).
-    """
-    count = effective_count(right, clusters)
-    return wilson_interval(float(np.mean(right)) * count, count)
-
-
-def effective_count(right: Bool[np.ndarray, " n"], clusters: Sequence[Hashable]) -> float:
-    """How many independent outcomes give the variance that the clusters' sums show (Kish 1965).
-
-    At most n. At least what is left where every cluster is of one mind, which is also taken where all outcomes are the
-    same: nothing can be seen of the dependence there.
-    """
-    places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
-    own = np.array([places[cluster] for cluster in clusters])
-    sizes, sums = np.bincount(own), np.bincount(own, weights=right)
-    n, share = len(own), float(np.mean(right))
-    of_one_mind = n * n / float((sizes**2).sum())
-    if len(sizes) == 1 or share in (0.0, 1.0):
-        return of_one_mind
-    variance = len(sizes) / (len(sizes) - 1) * float(((sums - share * sizes) ** 2).sum()) / (n * n)
-    return float(np.clip(share * (1 - share) / max(variance, 1e-12), of_one_mind, n))
 
 
 def clusters_of(source: str, inputs: Sequence[Part], replies: Sequence[Reply]) -> list[Hashable]:

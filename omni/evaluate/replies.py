@@ -25,20 +25,19 @@ def ask(
     constrained: bool = True,
 ) -> list[Reply]:
     """A reply to each prompt; the seed of each follows from the settings' seed, `name` and its place."""
+    requests = [
+        Request(list(prompt), want, seed=seed_of(settings.seed, name, i), constrained=constrained, **settings.sampling)
+        for i, prompt in enumerate(prompts)
+    ]
+    return answers(model, requests, settings.batch, progress)
+
+
+def answers(model: Model, requests: Sequence[Request], batch: int, progress: Progress) -> list[Reply]:
+    """The replies to requests, of which `batch` are handed to the model at once."""
     replies = []
-    for start in range(0, len(prompts), settings.batch):
-        requests = [
-            Request(
-                list(prompts[i]),
-                want,
-                seed=seed_of(settings.seed, name, i),
-                constrained=constrained,
-                **settings.sampling,
-            )
-            for i in range(start, min(start + settings.batch, len(prompts)))
-        ]
-        replies += model.generate_batch(requests)
-        progress(len(requests))
+    for start in range(0, len(requests), batch):
+        replies += model.generate_batch(requests[start : start + batch])
+        progress(len(requests[start : start + batch]))
     return replies
 
 

@@ -47,6 +47,41 @@ def write_report(
     return write_page(epath.Path(directory) / FILE, "omni.evaluate", "report.html.j2", values, filters)
 
 
+def write_documents_report(
+    results: Mapping, samples: Mapping[str, Sequence[Mapping]], directory: epath.PathLike, *, title: str
+) -> epath.Path:
+    """Writes `directory`/report.html of an evaluation on a user's documents; returns its path.
+
+    Args:
+      results, samples: as `evaluate_documents` returned them.
+      title: of the page.
+    """
+    values = {"title": title, "results": results, "samples": samples}
+    filters = {"percent": percent, "number": number, "duration": duration}
+    return write_page(epath.Path(directory) / FILE, "omni.evaluate", "documents.html.j2", values, filters)
+
+
+def as_table(results: Mapping) -> str:
+    """What `evaluate_documents` measured, a line for each direction."""
+    rows = [("direction", "documents", "loss", "shuffled", "told", "context found (chance)", "well-formed", "exact")]
+    for name, found in results["directions"].items():
+        low, high = found["told"]["ci95"]
+        matching = found["matching"]
+        exact = found.get("exact_match")
+        rows.append(
+            (
+                *(name, str(found["documents"]), number(found["loss"]["own"]), number(found["loss"]["shuffled"])),
+                f"{number(found['told']['nats_per_token'])} ({number(low)} to {number(high)})",
+                f"{percent(matching['accuracy'])} ({percent(matching['chance'])})",
+                percent(found["well_formed"]["share"]),
+                percent(exact["share"]) if exact else "-",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, "loss, shuffled, told: nats a token, with 95 % intervals"])
+
+
 def percent(share: float | None, digits: int = 1) -> str:
     """A share as a percentage, without needless zeros; "not measured" where there is none."""
     if share is None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import itertools
 import json
 import time
 from collections.abc import Callable, Mapping
 
 from etils import epath
-from tqdm import tqdm
 
 from omni.bundle import Model
 from omni.evaluate import judges as judging
@@ -22,6 +20,7 @@ from omni.evaluate.replies import Progress, formed, kept_codes
 from omni.evaluate.routing import measure_routing, measure_unconstrained
 from omni.evaluate.samples import mixed_replies, spread
 from omni.evaluate.settings import EvaluationSettings
+from omni.evaluate.signature import as_line, model_fields
 from omni.evaluate.tokens import measure_audio_tokenizer, measure_bits, measure_image_tokenizer
 from omni.evaluate.variety import measure_variety
 from omni_tokenizers.errors import OmniError
@@ -64,13 +63,7 @@ def evaluate(
     counted = dataclasses.asdict(settings) | {"batch": None}  # the batch changes no reply
     cells = Cells(directory / "cells", key | {"settings": counted})
     bench = _Bench(model, data, settings)
-    plan = bench.plan()
-    to_do = sum(amount for name, (amount, _) in plan.items() if not cells.finished(name))
-    measured = {}
-    with tqdm(total=to_do, desc="evaluation", unit="reply", smoothing=0.1, dynamic_ncols=True) as bar:
-        for name, (_, compute) in plan.items():
-            bar.set_postfix_str(name)
-            measured[name] = cells.measure(name, functools.partial(compute, bar.update))
+    measured = cells.measure_all(bench.plan(), unit="reply")
     results = _results(measured) | {
         "chance": 1 / len(data.words),
         "held_out": {modality: len(examples) for modality, examples in data.test.items()},
@@ -96,11 +89,6 @@ def read_samples(directory: epath.PathLike) -> dict[str, list[dict]]:
 
 def signature(model: Model, data: EvaluationData, settings: EvaluationSettings, weights: str, limit: int | None) -> str:
     """Everything that a score depends on, in one line, as sacrebleu has it."""
-    sampling = {**model.generation, **settings.sampling}
-    chosen = ";".join(
-        f"{name}:" + ",".join(f"{modality}={value:g}" for modality, value in sorted(by_modality.items()))
-        for name, by_modality in sorted(sampling.items())
-    )
     fields = {
         "task": f"{data.version}.{VERSION}",
         "data": data.hash,
@@ -112,17 +100,11 @@ def signature(model: Model, data: EvaluationData, settings: EvaluationSettings, 
         "unconstrained": settings.unconstrained,
         "documents": settings.documents,
         "heard": settings.heard,
-        "engine": model.engine.version,
-        "sampling": chosen or "plain",
-        "model": weights,
-        **{f"{modality}_tokenizer": tokenizer.hash for modality, tokenizer in sorted(model.tokenizers.items())},
-        "vocabulary": model.vocabulary.hash,
-        "grammar": model.grammar.hash,
-        "omni": _version(),
+        **model_fields(model, {**model.generation, **settings.sampling}, weights),
     }
     if limit is not None:
         fields["limit"] = limit
-    return "|".join(f"{name}:{value}" for name, value in fields.items())
+    return as_line(fields)
 
 
 class _Bench:
@@ -242,10 +224,3 @@ def _sum(left: list, right: list) -> list:
 
 def _share(counts: list) -> float | None:
     return counts[0] / counts[1] if counts[1] else None
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("omni-any-to-any")
-    except importlib.metadata.PackageNotFoundError:
-        return "source"

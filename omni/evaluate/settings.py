@@ -56,3 +56,24 @@ class EvaluationSettings:
             return self
         counts = ("per_direction", "shuffled", "requests", "unconstrained", "documents", "heard")
         return dataclasses.replace(self, **{name: min(getattr(self, name), limit) for name in counts})
+
+
+@dataclass(frozen=True)
+class DocumentSettings:
+    """How much is measured of a model on a user's documents."""
+
+    candidates: int = 8
+    """Contexts among which that of a target is to be found, where there are so many."""
+    limit: int = 100
+    """Documents of each direction that are answered; likelihoods are of all."""
+    batch: int = 256
+    """Requests handed to the model at once."""
+    shown: int = 6
+    """Examples of each direction kept for the report."""
+    seed: int = 0
+    """Seed of the choice of contexts and documents, of intervals and of every reply."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("candidates", 2), ("limit", 1), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {least}")

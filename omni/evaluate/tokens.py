@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -11,10 +11,8 @@ from omni.bundle import Model
 from omni.evaluate.data import EvaluationData, draw_inputs, seed_of
 from omni.evaluate.replies import Progress
 from omni.evaluate.settings import EvaluationSettings
-from omni.grammar import ROLES
+from omni.grammar import ROLES, Tokens
 from omni.parts import Part, Text
-
-ROWS, STEP = 32, 32  # documents in a batch; their lengths are filled up to a multiple of this
 
 
 def measure_bits(
@@ -25,21 +23,14 @@ def measure_bits(
     Each target follows a held-out input of its class. Teacher-forced, without temperature, guidance or constraint;
     boundaries and the end do not count.
     """
-    documents = list(_documents(model, data, direction, settings))
-    grammar = model.grammar
-    wanted = ROLES.index("text" if direction[1] == "text" else "code")
+    documents = _documents(model, data, direction, settings)
+    tables, wanted = model.grammar.tables, ROLES.index("text" if direction[1] == "text" else "code")
     total, count = 0.0, 0
-    text_id = int(grammar.vocabulary.block(grammar.text_block)[0])
-    for ids, lengths, places in _batches(documents, text_id):
-        log_probabilities = _log_softmax(model.logits(ids))[:, :-1]
-        chosen = np.take_along_axis(log_probabilities, ids[:, 1:, None], axis=-1)[..., 0]
-        for row in range(places):
-            own = ids[row, : lengths[row]]
-            counted = grammar.tables.role[grammar.annotate(own)] == wanted
-            counted &= np.arange(len(own)) > int(np.argmax(own == grammar.control["turn"]))
-            total -= float(chosen[row, : len(own) - 1][counted[1:]].sum())
-            count += int(counted[1:].sum())
-        progress(places)
+    for document, nats in zip(documents, model.token_losses(documents), strict=True):
+        counted = document.target & (tables.role[document.states] == wanted)
+        total += float(nats[counted].sum())
+        count += int(counted.sum())
+    progress(len(documents))
     return {"bits": total / np.log(2), "tokens": count}
 
 
@@ -97,8 +88,8 @@ def _padded(parts: list[Part], lengths: Int[np.ndarray, " n"]) -> Float[np.ndarr
 
 def _documents(
     model: Model, data: EvaluationData, direction: tuple[str, str], settings: EvaluationSettings
-) -> Iterator[Int[np.ndarray, " tokens"]]:
-    """Prompt and target of one class as ids, the end left out.
+) -> list[Tokens]:
+    """Prompt and target of one class as documents.
 
     Text comes in many phrasings as a prompt, but the right reply, which models are taught, is the bare word of a class.
     """
@@ -111,32 +102,4 @@ def _documents(
     rng = np.random.default_rng(seed_of(settings.seed, name, source))
     prompts = [examples.parts[rng.choice(np.flatnonzero(examples.labels == label))] for label in labels]
     spans = model.processor.spans([[*pair] for pair in zip(prompts, targets, strict=True)])
-    for prompt, target_span in spans:
-        yield np.concatenate([model.grammar.prompt([prompt]), model.grammar.span_ids(target_span)])
-
-
-def _batches(
-    documents: list[Int[np.ndarray, " tokens"]], text_id: int
-) -> Iterator[tuple[Int[np.ndarray, "rows length"], Int[np.ndarray, " rows"], int]]:
-    """Documents of like length as matrices of few shapes, their lengths, and how many rows are documents.
-
-    Rows are filled up with text after the document, which a causal model does not see before: logits are exact, each
-    row is a document that the grammar admits, and the model is compiled for few lengths.
-    """
-    lengths = np.array([len(document) for document in documents])
-    rounded = -(-lengths // STEP) * STEP
-    for length in np.unique(rounded):
-        places = np.flatnonzero(rounded == length)
-        for start in range(0, len(places), ROWS):
-            chosen = places[start : start + ROWS]
-            ids = np.full((ROWS, length), text_id, np.int32)
-            for row, place in enumerate(chosen):
-                ids[row, : lengths[place]] = documents[place]
-            ids[len(chosen) :] = ids[0]
-            yield ids, lengths[chosen], len(chosen)
-
-
-def _log_softmax(logits: Float[np.ndarray, "rows length vocabulary"]) -> Float[np.ndarray, "rows length vocabulary"]:
-    logits = np.asarray(logits, np.float32)
-    logits = logits - logits.max(axis=-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    return [model.grammar.pack([dataclasses.replace(prompt, context=True), target]) for prompt, target in spans]

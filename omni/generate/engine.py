@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,13 +10,15 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int
 
 from omni.generate.loop import Settings, State, advance, prefill
 from omni.generate.requests import Generated, PreparedRequest, check_request, useful_shadows
 from omni.generate.rules import make_rules
 from omni.grammar import Grammar
-from omni.model import Decoder
+from omni.model import CACHE_AXES, Decoder
+from omni.sharding import ShardingRules, activations_on, named_sharding, spread
 from omni_tokenizers.errors import UsageError
 
 
@@ -31,10 +34,27 @@ class Engine:
 
     version = 2
 
-    def __init__(self, decoder: Decoder, grammar: Grammar, *, context: int | None = None, max_rows: int = 256):
-        """`context`: most tokens of prompt and reply, None for no limit; `max_rows`: most sequences in one batch."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        grammar: Grammar,
+        *,
+        context: int | None = None,
+        max_rows: int = 256,
+        mesh: Mesh | None = None,
+    ):
+        """An engine.
+
+        Args:
+          context: most tokens of prompt and reply, None for no limit.
+          max_rows: most sequences in one batch.
+          mesh: the devices over which the decoder lies (`decoder_on`), None for one. Sequences are split over them as
+            rows of a training are, heads and vocabulary as its parameters; the replies are those of one device.
+        """
         self.decoder, self.grammar, self.rules = decoder, grammar, make_rules(grammar)
         self.context, self.max_rows = context, max_rows
+        self._mesh, self._places = mesh, ShardingRules()
+        self._row_shards = 1 if mesh is None else spread(mesh, self._places.batch)
         self.counts: Counter[str] = Counter()
         self._prefill = jax.jit(self._counted(prefill), static_argnames="capacity")
         self._advance = jax.jit(self._counted(advance), donate_argnames="state")
@@ -91,8 +111,40 @@ class Engine:
             yield sorted((increment for increment in new if len(increment[1])), key=lambda increment: increment[0])
         self.counts["steps"] += int(state.steps)
 
+    def lower(self, requests: int, capacity: int) -> jax.stages.Lowered:
+        """The program that emits the tokens of so many requests without guidance, not compiled yet.
+
+        Args:
+          capacity: tokens of prompt and reply that the cache has room for.
+        """
+        config, rows = self.decoder.config, self._padded(requests)
+        shape = (rows, config.key_value_heads, capacity, config.head_dim)
+        stored = self._shape(shape, config.compute_dtype, *CACHE_AXES)
+        logits = self._shape((rows, config.vocabulary_size), "float32", "batch", "vocabulary")
+        every, none = np.arange(rows, dtype=np.int32), np.zeros(len(self.grammar.modalities), np.float32)
+        request = PreparedRequest(self.grammar.prompt([]), capacity, none, none, none)
+        shadows = np.zeros((rows, 0), np.int32), np.zeros((rows, 0, len(none)), np.float32)
+        settings = self._settings([request], rows, every, *shadows)
+        state = self._state([(stored, stored)] * config.depth, logits, every, every, capacity)
+        arguments = self.rules, settings, state, np.int32(capacity), np.bool_(False)
+        shapes = jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else _shape_of(x), arguments)
+        with self._on_mesh():
+            return self._advance.lower(self.decoder, *shapes)
+
+    def _shape(self, shape: tuple[int, ...], dtype: str, *axes: str | None) -> jax.ShapeDtypeStruct:
+        place = None if self._mesh is None else named_sharding(axes, self._places, self._mesh, shape)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
     def _run(self, settings: Settings, state: State, n: int, pause: bool) -> State:
-        return self._advance(self.decoder, self.rules, settings, state, np.int32(n), np.bool_(pause))
+        with self._on_mesh():
+            return self._advance(self.decoder, self.rules, settings, state, np.int32(n), np.bool_(pause))
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self._mesh is None else activations_on(self._mesh, self._places)
+
+    def _padded(self, sequences: int) -> int:
+        """In how many rows they go: a power of two, that splits evenly over the mesh."""
+        return -(-power_of_two(sequences) // self._row_shards) * self._row_shards
 
     def _batches(self, requests: Sequence[PreparedRequest]) -> list[list[int]]:
         """Indices of the requests of each batch; like sizes together, since a batch takes as long as its longest."""
@@ -108,7 +160,7 @@ class Engine:
         leaders = shadows = 0
         for i in sorted(range(len(requests)), key=size):
             leaders, shadows = leaders + 1, shadows + len(useful_shadows(requests[i]))
-            if not batches or power_of_two(leaders) + power_of_two(shadows) > self.max_rows:
+            if not batches or self._padded(leaders) + self._padded(shadows) > self.max_rows:
                 batches.append([])
                 leaders, shadows = 1, len(useful_shadows(requests[i]))
             batches[-1].append(i)
@@ -117,7 +169,7 @@ class Engine:
     def _start(self, requests: Sequence[PreparedRequest]) -> tuple[Settings, State]:
         """The batch, padded, with its prompts read."""
         shadows = [useful_shadows(request) for request in requests]
-        size = power_of_two(len(requests))
+        size = self._padded(len(requests))
         prompts = [request.ids for request in requests] + [requests[0].ids] * (size - len(requests))
         leader = list(range(size))
         most = max(map(len, shadows))
@@ -128,9 +180,9 @@ class Engine:
                 shadow_rows[request, place], weight[request, place] = len(prompts), shadow.weight
                 prompts.append(shadow.ids)
                 leader.append(request)
-        while len(prompts) - size < power_of_two(len(prompts) - size):
-            prompts.append(requests[0].ids)
-            leader.append(0)
+        padding = self._padded(len(prompts) - size) - (len(prompts) - size)
+        prompts += [requests[0].ids] * padding
+        leader += [0] * padding
         state = self._read_prompts(prompts, size, max(request.max_tokens for request in requests))
         state = replace(state, done=np.arange(size) >= len(requests))
         return self._settings(requests, size, np.array(leader, np.int32), shadow_rows, weight), state
@@ -187,20 +239,30 @@ class Engine:
             positions[row, : len(prompt)] = self.grammar.positions(states, np.arange(len(prompt)))
             last_state[row] = states[-1]
         capacity = self._capacity(longest, max_tokens)
-        cache, logits = self._prefill(self.decoder, ids, positions, length, capacity=capacity)
+        with self._on_mesh():
+            cache, logits = self._prefill(self.decoder, ids, positions, length, capacity=capacity)
+        return self._state(cache, logits, length, last_state[:requests], capacity)
+
+    def _state(self, cache, logits, length, grammar: Int[np.ndarray, " requests"], capacity: int) -> State:
+        """Nothing has been emitted yet."""
+        requests = len(grammar)
         return State(
             cache=cache,
             logits=logits,
             length=length,
             tokens=np.full((requests, capacity), self.rules.pad, np.int32),
             count=np.zeros(requests, np.int32),
-            grammar=last_state[:requests],
+            grammar=grammar,
             begun=np.zeros(requests, np.int32),
             done=np.zeros(requests, bool),
             broken=np.zeros(requests, bool),
             part_ended=np.zeros((), bool),
             steps=np.zeros((), np.int32),
         )
+
+
+def _shape_of(x: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def bucket(length: int, step: int = 64) -> int:

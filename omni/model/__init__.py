@@ -1,7 +1,16 @@
 """The transformer: parameters and training forward (`Transformer`), cached decoding (`decode`)."""
 
 from omni.model.config import TransformerConfig
-from omni.model.decode import Decoder, apply_decoder, init_cache, make_decoder
+from omni.model.decode import CACHE_AXES, Decoder, apply_decoder, decoder_on, init_cache, make_decoder
 from omni.model.transformer import Transformer
 
-__all__ = ["Decoder", "Transformer", "TransformerConfig", "apply_decoder", "init_cache", "make_decoder"]
+__all__ = [
+    "CACHE_AXES",
+    "Decoder",
+    "Transformer",
+    "TransformerConfig",
+    "apply_decoder",
+    "decoder_on",
+    "init_cache",
+    "make_decoder",
+]

@@ -1,30 +1,175 @@
-"""Masked attention over whole sequences and over a cache."""
+"""Attention over whole sequences, split over a mesh, and over a cache."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
+
+from omni.model import splash
+from omni.model.config import TransformerConfig
+from omni.sharding import active_mesh, mesh_axes, named_sharding, spread
+from omni_tokenizers.errors import UsageError
 
 Heads = Float[Array, "batch length heads head_dim"]
 KeyValueHeads = Float[Array, "batch length key_value_heads head_dim"]
+Segments = Int[Array, "batch length"]
+Largest = Float[Array, "batch length heads"]
 Mask = Bool[Array, "#batch 1 length slots"]
 Stored = Float[Array, "rows key_value_heads slots head_dim"]
 Cache = tuple[Stored, Stored]
 
 
-def segment_mask(length: int, segments: Int[Array, "batch length"] | None) -> Mask:
-    """Which key (last axis) each query sees: itself and earlier tokens of its own segment.
+def attend(
+    config: TransformerConfig, query: Heads, key: KeyValueHeads, value: KeyValueHeads, segments: Segments
+) -> tuple[Heads, Largest | None]:
+    """Grouped-query attention by the kernel of `config`: softmax(query key / sqrt(head_dim)) value, softmax in float32.
 
-    Padding is segment 0: other tokens never see it and it sees only padding, itself at least, so no row is empty.
+    Each token sees itself and earlier tokens of its own segment. Padding is segment 0: other tokens never see it, and
+    it sees only padding, itself at least, so no row is empty.
+
+    On a mesh every device computes the queries of its own rows, heads and stretch of the length; along the mesh axis
+    `context` the keys and values of the whole length are gathered first. The result is that of one device.
+
+    Returns:
+      What the queries read, and the largest score of each; None from "splash", which keeps no scores and has no maximum
+      of them to give away.
+
+    Raises:
+      UsageError: the kernel cannot run on these devices, or with this shape.
     """
-    mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
-    if segments is None:
-        return mask
-    return mask & (segments[:, None, :, None] == segments[:, None, None, :])
+    check_kernel(config)
+    active = active_mesh()
+    if active is None:
+        return _kernel(config, *_splash(config, query))(query, key, value, segments, segments, jnp.zeros((), jnp.int32))
+    mesh, rules = active
+    queries = named_sharding(("batch", "length", "heads", None), rules, mesh, query.shape).spec
+    if mesh_axes(queries[2]) and key.shape[2] % spread(mesh, queries[2]):
+        key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
+    whole = PartitionSpec(queries[0], None, queries[2], None)
+
+    def local(query, key, value, own, all_segments, *kernel_state):
+        start = query.shape[1] * _place(mesh, queries[1])
+        return _kernel(config, *kernel_state)(query, key, value, own, all_segments, start)
+
+    state = _splash(config, query, spread(mesh, queries[2]), spread(mesh, queries[1]))
+    state_specs = [splash.specs(kernel, mesh, queries[2], queries[1]) for kernel in state]
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(queries, whole, whole, PartitionSpec(*queries[:2]), PartitionSpec(queries[0], None), *state_specs),
+        out_specs=(queries, None if state else PartitionSpec(*queries[:3])),
+        check_vma=config.attention != "splash",  # the kernel does not say how its outputs vary
+    )(query, key, value, segments, segments, *state)
 
 
-def attend(query: Heads, key: KeyValueHeads, value: KeyValueHeads, mask: Mask) -> Heads:
-    """Grouped-query attention: softmax(query key / sqrt(head_dim)) value, softmax in float32."""
-    return jax.nn.dot_product_attention(query, key, value, mask=mask)
+def check_kernel(config: TransformerConfig) -> None:
+    """Raises `UsageError` where the kernel of `config` cannot run: nothing else is taken in its place."""
+    if config.attention != "splash":
+        return
+    active = active_mesh()
+    platform = active[0].devices.flat[0].platform if active else jax.default_backend()
+    if platform != "tpu":
+        raise UsageError(f'attention "splash" runs on TPUs, these devices are {platform}; set model.attention to "xla"')
+    if config.head_dim % splash.LANES:
+        raise UsageError(
+            f'attention "splash" needs a head_dim that is a multiple of {splash.LANES}, not {config.head_dim}; '
+            'set model.attention to "xla"'
+        )
+
+
+def _place(mesh: jax.sharding.Mesh, entry) -> Int[Array, ""]:
+    """Which of the pieces of an axis split by this entry of a spec a device holds."""
+    axes = mesh_axes(entry)
+    return jax.lax.axis_index(axes) if axes else jnp.zeros((), jnp.int32)
+
+
+def _splash(
+    config: TransformerConfig, query: Heads, head_shards: int = 1, length_shards: int = 1
+) -> list[splash.Kernel]:
+    """The kernel "splash", if it is the one, as arrays that are split over the mesh as queries are."""
+    if config.attention != "splash":
+        return []
+    length, heads = query.shape[1:3]
+    return [splash.make(heads, length, config.attention_blocks, head_shards, length_shards)]
+
+
+def _kernel(config: TransformerConfig, *state: splash.Kernel):
+    if state:
+        return lambda *arguments: (splash.attend(*state, *arguments), None)
+    return partial(attend_in_blocks, block=config.attention_blocks[0])
+
+
+def attend_in_blocks(
+    query: Heads,
+    key: KeyValueHeads,
+    value: KeyValueHeads,
+    own: Segments,
+    segments: Segments,
+    start: Int[Array, ""],
+    *,
+    block: int,
+) -> tuple[Heads, Largest]:
+    """Attention of a stretch of queries to the keys of the whole length, at most `block` queries at a time.
+
+    Scores [batch, heads, block, length] of one block exist at once, in the backward pass too, which computes them anew.
+
+    Args:
+      own: segments of the queries.
+      segments: those of all keys.
+      start: index of the first query in the whole length.
+    """
+    length = query.shape[1]
+    count = -(-length // block)
+    if count == 1:
+        return attend_at_once(query, key, value, segment_mask(own, segments, start))
+    size = -(-length // count)
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, count * size - length), *((0, 0),) * (x.ndim - 2)))
+        return x.reshape(x.shape[0], count, size, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def one(queries):
+        query, own, first = queries
+        return attend_at_once(query, key, value, segment_mask(own, segments, first))
+
+    found = jax.lax.map(one, (split(query), split(own), start + size * jnp.arange(count, dtype=jnp.int32)))
+    return tuple(x.swapaxes(0, 1).reshape(x.shape[1], count * size, *x.shape[3:])[:, :length] for x in found)
+
+
+def attend_at_once(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: KeyValueHeads,
+    value: KeyValueHeads,
+    mask: Bool[Array, "batch 1 queries length"],
+) -> tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch queries heads"]]:
+    """What queries read of the keys that they see, and the largest score of each, which the softmax needs anyway.
+
+    Scores are float32, as are the sums of products of bfloat16, forward and backward.
+    """
+    batch, length, heads, head_dim = query.shape
+    precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32 if query.dtype == jnp.bfloat16 else None
+    groups = query.reshape(batch, length, key.shape[2], -1, head_dim)
+    product = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    scores = product("btkgh,bskh->bkgts", groups, key) * head_dim**-0.5
+    scores = jnp.where(
+        mask[:, None], scores, jnp.finfo(scores.dtype).min / 2
+    )  # no infinity: a block's end sees nothing
+    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
+    shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    read = jnp.einsum("bkgts,bskh->btkgh", shares, value).reshape(query.shape)
+    return read, largest.transpose(0, 3, 1, 2).reshape(batch, length, heads)
+
+
+def segment_mask(
+    own: Int[Array, "batch queries"], segments: Int[Array, "batch length"], start: Int[Array, ""]
+) -> Bool[Array, "batch 1 queries length"]:
+    """Which key (last axis) each query sees, the first of which stands at `start`."""
+    indices = start + jnp.arange(own.shape[1])
+    earlier = jnp.arange(segments.shape[1]) <= indices[:, None]
+    return (earlier & (own[:, :, None] == segments[:, None, :]))[:, None]
 
 
 def write_cache(cache: Cache, key: KeyValueHeads, value: KeyValueHeads, slots: Int[Array, "rows length"]) -> Cache:

@@ -5,10 +5,13 @@ from typing import Literal, get_args, get_origin
 
 from omni_tokenizers.errors import UsageError
 
+TENSORS = ("query", "key", "value", "attention", "attention_output", "gate", "up", "mlp_output")
+"""What a block computes and names for `saved` and `offloaded`, in order."""
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Shape and variants of a decoder-only transformer."""
+    """Shape and variants of a decoder-only transformer, and how its training computes it."""
 
     vocabulary_size: int = 1280
     """Number of ids, rows of the embedding."""
@@ -23,7 +26,16 @@ class TransformerConfig:
     head_dim: int = 32
     """Width of a head, even."""
     mlp_dim: int = 512
-    """Hidden width of the SwiGLU."""
+    """Hidden width of the SwiGLU, of each expert where there are experts."""
+    experts: int = 0
+    """SwiGLUs of a block among which a router chooses for each token; 0: one, and no router."""
+    experts_per_token: int = 2
+    """Experts that a token goes through, the likeliest ones."""
+    expert_groups: tuple[tuple[int, int], ...] | None = None
+    """Groups of experts by modality (MoMa, Lin et al. 2024, arXiv:2407.21770), in order, as (first id, experts): ids
+    from the first on, up to the next group's, are routed among these experts alone; a vocabulary block's ids follow
+    one another. The first group begins with id 0, and all have as many experts together as there are. None: no
+    groups."""
     norm_order: Literal["pre", "swin"] = "pre"
     """pre: x + f(norm(x)); swin: x + norm(f(x))."""
     norm_epsilon: float = 1e-5
@@ -38,11 +50,19 @@ class TransformerConfig:
     """Rate of dropout on the embedding and on what each branch adds to the residual stream, in training."""
     tied_embeddings: bool = True
     """Whether the output head is the transposed embedding."""
-    remat: Literal["none", "full", "dots", "attention"] = "none"
+    attention: Literal["xla", "splash"] = "xla"
+    """Kernel of attention over whole sequences. xla: anywhere; splash: a fused one, for TPUs alone."""
+    attention_blocks: tuple[int, int] = (1024, 1024)
+    """Queries and keys that the kernel takes at once, at most; "xla" heeds the first alone."""
+    remat: Literal["none", "blocks", "dots"] = "none"
     """What the backward pass recomputes.
 
-    none; full: all but the inputs of blocks; dots: all but matrix products; attention: full, but attention's outputs.
+    none; blocks: all of a block but its input, `saved` and `offloaded`; dots: all but matrix products.
     """
+    saved: tuple[str, ...] = ()
+    """With remat `blocks`: the tensors of a block that are kept, among `TENSORS`."""
+    offloaded: tuple[str, ...] = ()
+    """With remat `blocks`: the tensors of a block that are kept in the host's memory, among `TENSORS`."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and of parameters at use; parameters, norms, softmax and logits are float32."""
 
@@ -52,7 +72,7 @@ class TransformerConfig:
             if get_origin(field.type) is Literal and value not in get_args(field.type):
                 choices = ", ".join(get_args(field.type))
                 raise UsageError(f"transformer {field.name} is {value!r}; choose one of {choices}")
-            if field.type is int and value < 1:
+            if field.type is int and value < (0 if field.name == "experts" else 1):
                 raise UsageError(f"transformer {field.name} is {value}; it must be at least 1")
         if self.heads % self.key_value_heads:
             raise UsageError(f"transformer heads {self.heads} is no multiple of key_value_heads {self.key_value_heads}")
@@ -60,3 +80,34 @@ class TransformerConfig:
             raise UsageError(f"transformer head_dim {self.head_dim} is odd; rotary positions rotate pairs")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"transformer dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.experts and self.experts_per_token > self.experts:
+            raise UsageError(f"transformer experts_per_token is {self.experts_per_token}, of {self.experts} experts")
+        self._check_groups()
+        self._check_tensors()
+
+    def _check_groups(self) -> None:
+        if not self.expert_groups:
+            return
+        object.__setattr__(self, "expert_groups", tuple(map(tuple, self.expert_groups)))  # lists, where it was JSON
+        firsts, sizes = zip(*self.expert_groups, strict=True)
+        if firsts[0] != 0 or list(firsts) != sorted(set(firsts)) or firsts[-1] >= self.vocabulary_size:
+            raise UsageError(
+                f"transformer expert_groups begin with the ids {firsts}; they must begin with 0 and rise, below "
+                f"{self.vocabulary_size}"
+            )
+        if sum(sizes) != self.experts or min(sizes) < self.experts_per_token:
+            raise UsageError(
+                f"transformer expert_groups have {sizes} experts; each must have {self.experts_per_token} or more, and "
+                f"all together {self.experts}"
+            )
+
+    def _check_tensors(self) -> None:
+        if min(self.attention_blocks) < 1:
+            raise UsageError(f"transformer attention_blocks are {self.attention_blocks}; they must be at least 1")
+        for name in (*self.saved, *self.offloaded):
+            if name not in TENSORS:
+                raise UsageError(f"no tensor {name!r} to save or offload; choose among {', '.join(TENSORS)}")
+        if (self.saved or self.offloaded) and self.remat != "blocks":
+            raise UsageError(f'saved and offloaded speak of remat "blocks"; remat is {self.remat!r}')
+        if both := set(self.saved) & set(self.offloaded):
+            raise UsageError(f"{', '.join(sorted(both))} cannot be saved and offloaded too")

@@ -8,12 +8,19 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from omni.model import experts
 from omni.model.attention import Cache, Heads, KeyValueHeads, Mask, attend_slots, slot_mask, write_cache
 from omni.model.config import TransformerConfig
 from omni.model.positions import rotation
-from omni.model.transformer import Transformer, Weights, block, embed, project
+from omni.model.transformer import Transformer, Weights, block, embed, project, rms_norm
+from omni.sharding import ShardingRules, constrain, named_sharding
+
+CACHE_AXES = ("batch", "key_value_heads", None, "head_dim")
+"""Logical axes of keys and values in a cache."""
 
 
 @jax.tree_util.register_dataclass
@@ -29,16 +36,54 @@ class Decoder:
 
 
 def make_decoder(model: Transformer) -> Decoder:
-    """Unstack the weights, cast to the compute type once; norms stay float32."""
+    """Unstack the weights, cast to the compute type once; norms and routers stay float32."""
     config = model.config
     head = model.output_weights().astype(config.compute_dtype)
     embedding = head if config.tied_embeddings else model.embedding[...].astype(config.compute_dtype)
     stacked = {
-        name: weight if "norm" in name else weight.astype(config.compute_dtype)
+        name: weight if "norm" in name or name == "router" else weight.astype(config.compute_dtype)
         for name, weight in model.blocks.weights().items()
     }
     layers = [{name: weight[layer] for name, weight in stacked.items()} for layer in range(config.depth)]
     return Decoder(config, embedding, layers, model.norm[...], head)
+
+
+def decoder_on(mesh: Mesh, rules: ShardingRules, model: Transformer) -> Decoder:
+    """`make_decoder` with each weight laid out on a mesh by its logical axes.
+
+    Of shapes in place of arrays it makes shapes, with their shardings.
+    """
+    graphdef, state = nnx.split(model)
+
+    def unstack(state: nnx.State) -> Decoder:
+        return make_decoder(nnx.merge(graphdef, state))
+
+    shapes = jax.eval_shape(unstack, state)
+    shardings = jax.tree.map(
+        lambda x, axes: named_sharding(axes.names, rules, mesh, x.shape), shapes, _decoder_axes(model)
+    )
+    if isinstance(jax.tree.leaves(state)[0], jax.ShapeDtypeStruct):
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return jax.jit(unstack, out_shardings=shardings)(state)
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """A leaf: the logical axes of an array."""
+
+    names: tuple[str | None, ...]
+
+
+def _decoder_axes(model: Transformer) -> Decoder:
+    """The logical axes in the place of each array of a decoder."""
+
+    def axes(parameter: nnx.Param) -> tuple[str | None, ...]:
+        return parameter.get_metadata()["axes"]
+
+    blocks = {name: value for name, value in vars(model.blocks).items() if isinstance(value, nnx.Param)}
+    layer = {name: _Axes(axes(parameter)[1:]) for name, parameter in blocks.items()}
+    table = _Axes(axes(model.embedding))
+    return Decoder(model.config, table, [layer] * model.config.depth, _Axes(axes(model.norm)), table)
 
 
 def init_cache(config: TransformerConfig, rows: int, capacity: int, dtype: DTypeLike | None = None) -> list[Cache]:
@@ -47,7 +92,11 @@ def init_cache(config: TransformerConfig, rows: int, capacity: int, dtype: DType
     `dtype` is the compute type unless given.
     """
     shape = (rows, config.key_value_heads, capacity, config.head_dim)
-    return [tuple(jnp.zeros(shape, dtype or config.compute_dtype) for _ in range(2)) for _ in range(config.depth)]
+
+    def empty() -> Array:
+        return constrain(jnp.zeros(shape, dtype or config.compute_dtype), *CACHE_AXES)
+
+    return [(empty(), empty()) for _ in range(config.depth)]
 
 
 def apply_decoder(
@@ -68,19 +117,20 @@ def apply_decoder(
     by = rotation(config, positions)
     slots = slots[:, None] + jnp.arange(ids.shape[1])
     mask = slot_mask(slots, cache[0][0].shape[2])
-    x = embed(config, decoder.embedding, ids)
+    x, tokens = embed(config, decoder.embedding, ids), experts.routing(config, ids)
     new_cache = []
     for weights, layer_cache in zip(decoder.layers, cache, strict=True):
-        x, layer_cache = block(config, weights, x, by, partial(attend_cache, layer_cache, slots, mask))
+        attend = partial(attend_cache, layer_cache, slots, mask)
+        x, layer_cache, _ = block(config, weights, x, by, attend, tokens=tokens)
         new_cache.append(layer_cache)
     if last is not None:
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-    return project(config, x, decoder.norm, decoder.head), new_cache
+    return project(rms_norm(x, decoder.norm, config.norm_epsilon), decoder.head), new_cache
 
 
 def attend_cache(
     cache: Cache, slots: Int[Array, "rows length"], mask: Mask, query: Heads, key: KeyValueHeads, value: KeyValueHeads
 ) -> tuple[Heads, Cache]:
     """Write keys and values into their slots, then attend to all slots that the mask shows."""
-    cache = write_cache(cache, key, value, slots)
+    cache = tuple(constrain(stored, *CACHE_AXES) for stored in write_cache(cache, key, value, slots))
     return attend_slots(query, cache, mask), cache

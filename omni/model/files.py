@@ -5,18 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
+import jax
+import numpy as np
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 
 from omni.model.config import TransformerConfig
 from omni.model.transformer import Transformer
+from omni.sharding import ShardingRules, named_sharding
 from omni_tokenizers import weights
 from omni_tokenizers.base import config_from_dict
 from omni_tokenizers.errors import OmniError
 
 DESCRIPTION, WEIGHTS = "model.json", "weights.safetensors"
 FORMAT = 1
+HOW_COMPUTED = ("attention", "attention_blocks", "remat", "saved", "offloaded")
+"""Settings of a training that are no property of the model: they are not written, and not read from older files."""
 
 
 def save_transformer(
@@ -41,13 +49,23 @@ def save_transformer(
         "format": FORMAT,
         "context_length": context_length,
         "belongs_to": dict(belongs_to),
-        "transformer": dataclasses.asdict(model.config),
+        "transformer": settings_of_the_model(model.config),
     }
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
 
-def load_transformer(directory: epath.PathLike) -> tuple[Transformer, int, dict[str, str]]:
+def settings_of_the_model(config: TransformerConfig) -> dict[str, Any]:
+    """What a model is, as JSON: neither how its training was computed, nor, without experts, what concerns them."""
+    left_out = [*HOW_COMPUTED, *(() if config.experts else ("experts", "experts_per_token"))]
+    left_out += [] if config.expert_groups else ["expert_groups"]
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
+
+
+def load_transformer(directory: epath.PathLike, mesh: Mesh | None = None) -> tuple[Transformer, int, dict[str, str]]:
     """A transformer, its context length, and the hashes of what it belongs to (see `save_transformer`).
+
+    Args:
+      mesh: the devices over which its parameters are laid out by `ShardingRules`; None for one.
 
     Raises:
       OmniError: if a file is missing or damaged, or weights and configuration do not belong together.
@@ -55,9 +73,16 @@ def load_transformer(directory: epath.PathLike) -> tuple[Transformer, int, dict[
     directory = epath.Path(directory)
     config, context_length, belongs_to = _read_description(directory / DESCRIPTION)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-    tensors = weights.read(directory / WEIGHTS)
-    transformer = nnx.merge(graphdef, weights.unflatten(state, tensors, str(directory / WEIGHTS)))
+    tensors, source = weights.read(directory / WEIGHTS), str(directory / WEIGHTS)
+    place = {} if mesh is None else {"place": partial(_on_mesh, mesh)}
+    transformer = nnx.merge(graphdef, weights.unflatten(state, tensors, source, **place))
     return transformer, context_length, belongs_to
+
+
+def _on_mesh(mesh: Mesh, value: np.ndarray, parameter: nnx.Variable) -> jax.Array:
+    """A parameter's value, of which every device is given its part alone."""
+    axes = parameter.get_metadata()["axes"]
+    return jax.device_put(value, named_sharding(axes, ShardingRules(), mesh, value.shape))
 
 
 def _read_description(path: epath.Path) -> tuple[TransformerConfig, int, dict[str, str]]:
@@ -65,7 +90,8 @@ def _read_description(path: epath.Path) -> tuple[TransformerConfig, int, dict[st
         description = json.loads(path.read_text())
         if description["format"] != FORMAT:
             raise OmniError(f"{path}: format {description['format']!r}; this version reads {FORMAT}")
-        config = config_from_dict(TransformerConfig, description["transformer"], str(path))
+        found = {name: value for name, value in description["transformer"].items() if name not in HOW_COMPUTED}
+        config = config_from_dict(TransformerConfig, found, str(path))
         return config, int(description["context_length"]), dict(description["belongs_to"])
     except FileNotFoundError:
         raise OmniError(f"{path}: no such file, so {path.parent} holds no model") from None

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,21 +12,31 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from omni.model.attention import Heads, KeyValueHeads, attend, segment_mask
+from omni.model import experts
+from omni.model.attention import Heads, KeyValueHeads, attend
 from omni.model.config import TransformerConfig
 from omni.model.positions import Rotation, rotate, rotation
 from omni.sharding import constrain
 
 Stream = Float[Array, "batch length dim"]
 Weights = dict[str, Array]
-# (query, key, value) -> what the queries read, and the cache after it (None where there is none).
+# (query, key, value) -> what the queries read, and what there is besides: the cache after it, or the largest scores.
 Attend = Callable[[Heads, KeyValueHeads, KeyValueHeads], tuple[Heads, Any]]
 
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
-}
+
+@partial(jax.tree_util.register_dataclass, data_fields=["stream", "routers", "norms", "largest_logits"], meta_fields=[])
+@dataclass(frozen=True)
+class Features:
+    """What the transformer makes of tokens before its output head, and what its routers did on the way."""
+
+    stream: Stream
+    """The residual stream after the last block and the final norm."""
+    routers: dict[str, Float[Array, ""]]
+    """Mean over blocks of each term of `experts.router_terms`; empty without experts."""
+    norms: Float[Array, "batch length"]
+    """Length of each token's residual stream before the final norm."""
+    largest_logits: Float[Array, "batch length"] | None
+    """The largest attention logit of each token, of all blocks and heads; None where the kernel keeps none."""
 
 
 class Blocks(nnx.Module):
@@ -57,9 +68,12 @@ class Blocks(nnx.Module):
             self.query_norm_bias = vector(0.0, "head_dim", head_dim)
             self.key_norm_bias = vector(0.0, "head_dim", head_dim)
         self.mlp_norm = vector(1.0, "embed", dim)
-        self.gate = matrix("embed mlp", dim, config.mlp_dim, deviation=dim**-0.5)
-        self.up = matrix("embed mlp", dim, config.mlp_dim, deviation=dim**-0.5)
-        self.down = matrix("mlp embed", config.mlp_dim, dim, deviation=shrink * config.mlp_dim**-0.5)
+        each, of = ("experts ", (config.experts,)) if config.experts else ("", ())
+        if config.experts:
+            self.router = matrix("embed experts", dim, config.experts, deviation=dim**-0.5)
+        self.gate = matrix(each + "embed mlp", *of, dim, config.mlp_dim, deviation=dim**-0.5)
+        self.up = matrix(each + "embed mlp", *of, dim, config.mlp_dim, deviation=dim**-0.5)
+        self.down = matrix(each + "mlp embed", *of, config.mlp_dim, dim, deviation=shrink * config.mlp_dim**-0.5)
 
     def weights(self) -> Weights:
         """The arrays by name, every one [depth, ...]."""
@@ -94,26 +108,48 @@ class Transformer(nnx.Module):
 
         Without `dropout_key` nothing is dropped.
         """
+        stream = self.features(ids, positions, segments, dropout_key=dropout_key).stream
+        return project(stream, self.output_weights())
+
+    def features(
+        self,
+        ids: Int[Array, "batch length"],
+        positions: Int[Array, "batch length 3"],
+        segments: Int[Array, "batch length"] | None,
+        *,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Features:
+        """All of `__call__` but the output head."""
         config = self.config
-        by = rotation(config, positions)
-        mask = segment_mask(ids.shape[1], segments)
+        by, tokens = rotation(config, positions), experts.routing(config, ids, segments)
+        segments = jnp.ones_like(ids) if segments is None else segments
         keys = None
         if config.dropout and dropout_key is not None:
             embedding_key, *keys = jax.random.split(dropout_key, 1 + config.depth)
         x = embed(config, self.embedding[...], ids)
 
-        def step(x: Stream, layer: tuple[Weights, PRNGKeyArray | None]) -> tuple[Stream, None]:
+        def attend_all(query: Heads, key: KeyValueHeads, value: KeyValueHeads) -> tuple[Heads, Array | None]:
+            read, largest = attend(config, query, key, value, segments)
+            return read, None if largest is None else jnp.max(largest, axis=-1)
+
+        def step(x: Stream, layer: tuple[Weights, PRNGKeyArray | None]) -> tuple[Stream, tuple]:
             weights, key = layer
-            return block(config, weights, x, by, lambda q, k, v: (attend(q, k, v, mask), None), key)
+            x, largest, routers = block(config, weights, x, by, attend_all, key, tokens)
+            return x, (routers, largest)
 
         if keys is not None:
             x = dropout(x, config.dropout, embedding_key)
             keys = jnp.stack(keys)
         if config.remat != "none":
             # A scan's body is compiled once, so common subexpressions cannot undo the recomputation.
-            step = jax.checkpoint(step, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(step, x, (self.blocks.weights(), keys))
-        return project(config, x, self.norm[...], self.output_weights())
+            step = jax.checkpoint(step, policy=remat_policy(config), prevent_cse=False)
+        x, (routers, largest) = jax.lax.scan(step, x, (self.blocks.weights(), keys))
+        return Features(
+            rms_norm(x, self.norm[...], config.norm_epsilon),
+            jax.tree.map(jnp.mean, routers),
+            jnp.linalg.norm(jax.lax.stop_gradient(x).astype(jnp.float32), axis=-1),
+            None if largest is None else jnp.max(largest, axis=0),
+        )
 
     def output_weights(self) -> Float[Array, "vocabulary dim"]:
         """The output head: the embedding where tied."""
@@ -128,11 +164,22 @@ def embed(
     return constrain(rows.astype(config.compute_dtype), "batch", "length", None)
 
 
-def project(
-    config: TransformerConfig, x: Stream, scale: Float[Array, " dim"], head: Float[Array, "vocabulary dim"]
-) -> Float[Array, "batch length vocabulary"]:
-    """Final norm and output head; float32."""
-    x = rms_norm(x, scale, config.norm_epsilon)
+def remat_policy(config: TransformerConfig) -> Callable:
+    """Which tensors of a block the backward pass need not compute anew."""
+    if config.remat == "dots":
+        return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    if config.offloaded:
+        return jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=config.saved,
+            names_which_can_be_offloaded=config.offloaded,
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    return jax.checkpoint_policies.save_only_these_names(*config.saved)
+
+
+def project(x: Stream, head: Float[Array, "vocabulary dim"]) -> Float[Array, "batch length vocabulary"]:
+    """Logits of the stream after its final norm; float32."""
     logits = jnp.einsum("bld,vd->blv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
     return constrain(logits, "batch", "length", "vocabulary")
 
@@ -144,8 +191,10 @@ def block(
     by: Rotation,
     attend: Attend,
     key: PRNGKeyArray | None = None,
-) -> tuple[Stream, Any]:
-    """The stream after one block, and the cache after its `attend`: attention, then a SwiGLU, each added to the stream.
+    tokens: experts.Routing | None = None,
+) -> tuple[Stream, Any, dict]:
+    """The stream after one block, what its `attend` gave besides, and its router's terms: attention, then a SwiGLU,
+    each added to the stream.
 
     Norm before the branch, or after it (Swin v2, Liu et al. 2021, arXiv:2111.09883; Chameleon 34B, arXiv:2405.09818).
     """
@@ -154,15 +203,19 @@ def block(
     def add(x: Stream, scale: Array, branch: Callable, key: PRNGKeyArray | None) -> tuple[Stream, Any]:
         norm = partial(rms_norm, scale=scale, epsilon=config.norm_epsilon)
         if config.norm_order == "pre":
-            change, cache = branch(norm(x))
+            change, more = branch(norm(x))
         else:
-            change, cache = branch(x)
+            change, more = branch(x)
             change = norm(change)
-        return constrain(x + dropout(change, config.dropout, key), "batch", "length", None), cache
+        return constrain(x + dropout(change, config.dropout, key), "batch", "length", None), more
 
     x, cache = add(x, weights["attention_norm"], partial(attention, config, weights, by=by, attend=attend), keys[0])
-    x, _ = add(x, weights["mlp_norm"], lambda x: (mlp(weights, x), None), keys[1])
-    return x, cache
+
+    def feed(x: Stream) -> tuple[Stream, dict]:
+        return experts.mixture(config, weights, x, tokens) if config.experts else (mlp(weights, x), {})
+
+    x, routers = add(x, weights["mlp_norm"], feed, keys[1])
+    return x, cache, routers
 
 
 def attention(
@@ -172,17 +225,29 @@ def attention(
     query, key, value = (
         jnp.einsum("bld,dhk->blhk", x, weights[name].astype(x.dtype)) for name in ("query", "key", "value")
     )
-    query = rotate(head_norm(config, query, weights, "query_norm"), by)
-    key = rotate(head_norm(config, key, weights, "key_norm"), by)
+    query = laid_out(rotate(head_norm(config, query, weights, "query_norm"), by), "query", "heads")
+    key = laid_out(rotate(head_norm(config, key, weights, "key_norm"), by), "key", "key_value_heads")
+    value = laid_out(value, "value", "key_value_heads")
     read, cache = attend(query, key, value)
     read = checkpoint_name(read, "attention")
-    return jnp.einsum("blhk,hkd->bld", read, weights["output"].astype(x.dtype)), cache
+    change = jnp.einsum("blhk,hkd->bld", read, weights["output"].astype(x.dtype))
+    return checkpoint_name(change, "attention_output"), cache
+
+
+def laid_out(x: Heads, name: str, heads: str) -> Heads:
+    """Heads by a name under which they can be saved, each device its own stretch of the length.
+
+    Without this, the compiler may save keys and values as attention reads them, gathered along `context`.
+    """
+    axes = ("batch", "length", heads, None)
+    return constrain(checkpoint_name(constrain(x, *axes), name), *axes)
 
 
 def mlp(weights: Weights, x: Stream) -> Stream:
     """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
     gate, up, down = (weights[name].astype(x.dtype) for name in ("gate", "up", "down"))
-    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+    hidden = jax.nn.silu(checkpoint_name(x @ gate, "gate")) * checkpoint_name(x @ up, "up")
+    return checkpoint_name(hidden @ down, "mlp_output")
 
 
 def head_norm(config: TransformerConfig, x: Heads, weights: Weights, name: str) -> Heads:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from etils import epath
@@ -37,25 +39,39 @@ class Chart:
     losses: list[tuple[float, str]]
     """(y, label) of the ticks of the vertical axis."""
     logarithmic: bool
+    stages: list[float]
+    """x of the last step of each stage but the last, of a run that has stages."""
 
 
 def read_losses(path: epath.PathLike) -> dict[str, list[tuple[int, float]]]:
     """Name -> (step, value) of every loss in a metrics.jsonl; a line that was cut off is left out."""
-    path = epath.Path(path)
     losses: dict[str, list[tuple[int, float]]] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
+    for values in _lines(path):
         for name, value in values.items():
             if "loss" in name.split("/") and math.isfinite(value):
                 losses.setdefault(name, []).append((values["step"], value))
     return losses
 
 
-def chart(title: str, losses: dict[str, list[tuple[int, float]]]) -> Chart | None:
-    """A chart of named losses; None where there is nothing to draw. Logarithmic where losses span a factor of ten."""
+def read_boundaries(path: epath.PathLike) -> list[int]:
+    """Last step of each stage but the last in a metrics.jsonl; empty of a run without stages."""
+    pairs = itertools.pairwise(_lines(path))
+    return [before["step"] for before, after in pairs if before.get("stage") != after.get("stage")]
+
+
+def _lines(path: epath.PathLike) -> Iterator[dict[str, float]]:
+    path = epath.Path(path)
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
+def chart(title: str, losses: dict[str, list[tuple[int, float]]], boundaries: Sequence[int] = ()) -> Chart | None:
+    """A chart of named losses; None where there is nothing to draw. Logarithmic where losses span a factor of ten.
+
+    Args:
+      boundaries: steps at which a stage ends and another one begins.
+    """
     if not losses:
         return None
     steps = [step for points in losses.values() for step, _ in points]
@@ -89,6 +105,7 @@ def chart(title: str, losses: dict[str, list[tuple[int, float]]]) -> Chart | Non
         [(x(tick), f"{tick:g}") for tick in x_ticks if tick <= right],
         [(y(tick), f"{tick:g}") for tick in y_ticks],
         logarithmic,
+        [x(step) for step in boundaries],
     )
 
 

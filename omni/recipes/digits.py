@@ -20,13 +20,14 @@ from etils import epath
 import omni_tokenizers
 from omni import doctor
 from omni.bundle import Model, load
+from omni.data.layouts import code_vectors, make_grammar
 from omni.evaluate import EvaluationSettings, evaluate, read_samples, write_report
 from omni.model import TransformerConfig
 from omni.recipes import digits_data
 from omni.recipes.digits_documents import training_text
 from omni.recipes.digits_evaluation import evaluation_data
 from omni.recipes.digits_examples import DigitScans, SpokenDigits
-from omni.recipes.digits_tokens import code_vectors, make_grammar, make_pools, write_documents
+from omni.recipes.digits_tokens import make_pools, write_documents
 from omni.train.language import TransformerTask
 from omni.train.loop import TrainConfig, train
 from omni.train.optimizer import OptimizerConfig, OptimizerName
@@ -119,7 +120,7 @@ class DigitsRecipe:
     """Documents to draw; training goes through them more than once if it is long."""
     transformer: TransformerConfig = field(
         default_factory=lambda: TransformerConfig(
-            depth=8, dim=128, heads=2, key_value_heads=2, head_dim=32, mlp_dim=208, remat="attention"
+            depth=8, dim=128, heads=2, key_value_heads=2, head_dim=32, mlp_dim=208, remat="blocks", saved=("attention",)
         )
     )
     """The transformer; its vocabulary size is set by the tokenizers. Deep for its width: a picture or sound is read by
@@ -192,9 +193,10 @@ class DigitsRecipe:
             if (output / "tokens").exists():
                 (output / "tokens").rmtree()
             pools = make_pools(data, text, image, audio, self.image_variants, self.audio_variants, self.seed)
-            hashes = {each.modality: each.hash for each in (text, image, audio)}
-            grammar = make_grammar(text, image, audio)
-            provenance, vectors = {"tokenizers": hashes}, code_vectors(image, audio)
+            tokenizers = {each.modality: each for each in (text, image, audio)}
+            grammar = make_grammar(tokenizers, digits_data.LONGEST)
+            provenance = {"tokenizers": {name: each.hash for name, each in tokenizers.items()}}
+            vectors = code_vectors(grammar, tokenizers)
             write_documents(output / "tokens", self.documents, self.seed, pools, grammar, provenance, vectors)
 
         def train_transformer() -> None:
@@ -317,7 +319,10 @@ def evaluate_run(
     if model and (not output or epath.Path(output).resolve() == run.resolve()):
         raise UsageError(f"another model's results would overwrite those of {run}; name their directory with --output")
     if not (run / "stages" / "transformer.json").exists():
-        raise OmniError(f"{run}: no run of the digits recipe whose transformer is trained; omni quickstart makes one")
+        raise OmniError(
+            f"{run}: no run of the digits recipe whose transformer is trained; omni quickstart makes one, and --data "
+            "measures any model on your own documents"
+        )
     settings = config_from_dict(EvaluationSettings, read_json(run / CONFIG)["evaluation"], str(run / CONFIG))
     output = epath.Path(output) if output else (run if limit is None else run / QUICK)
     stages, start = Stages(run), time.monotonic()

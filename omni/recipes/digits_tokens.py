@@ -15,51 +15,9 @@ from omni.data.shards import write_shards
 from omni.grammar import Grammar, Span, Tokens
 from omni.recipes import digits_data
 from omni.recipes.digits_documents import Pools, assemble, draw
-from omni.vocabulary import Vocabulary
 from omni_tokenizers import AudioTokenizer, ImageTokenizer, TextTokenizer
 
-SPECIAL = ("<bos>", "<turn>", "<eos>", "<pad>", "<image>", "</image>", "<audio>", "</audio>")
 _CLIPS = 64  # clips tokenized together
-
-
-def make_vocabulary(text: TextTokenizer, image: ImageTokenizer, audio: AudioTokenizer) -> Vocabulary:
-    """Control and boundary ids, text, picture codes, then the codebooks of sound."""
-    books = {f"audio{level}": size for level, size in enumerate(audio.codebook_sizes)}
-    return Vocabulary.build({"text": text.vocabulary_size, "image": image.codebook_sizes[0], **books}, SPECIAL)
-
-
-def make_grammar(text: TextTokenizer, image: ImageTokenizer, audio: AudioTokenizer) -> Grammar:
-    """Pictures as one grid of fixed size, sounds as frames of all codebooks, up to the longest clip of the data."""
-    vocabulary = make_vocabulary(text, image, audio)
-    rows, columns = image.grid
-    frames = -(-digits_data.LONGEST // audio.samples_per_frame)
-    return Grammar(
-        {
-            "format": 1,
-            "control": {"bos": "<bos>", "turn": "<turn>", "eos": "<eos>", "pad": "<pad>"},
-            "modalities": {
-                "text": {"block": "text"},
-                "image": {
-                    "codebooks": ["image"],
-                    "open": ["<image>"],
-                    "close": ["</image>"],
-                    "shapes": [{"rows": rows, "columns": columns}],
-                },
-                "audio": {
-                    "codebooks": [f"audio{level}" for level in range(len(audio.codebook_sizes))],
-                    "open": ["<audio>"],
-                    "close": ["</audio>"],
-                    "shapes": [{"columns": {"min": 1, "max": frames}}],
-                },
-            },
-        },
-        vocabulary,
-    )
-
-
-def code_vectors(image: ImageTokenizer, audio: AudioTokenizer) -> dict[str, Float[np.ndarray, "codes code_dim"]]:
-    """Vocabulary block -> the tokenizer's vectors of its codes."""
-    return {"image": image.code_vectors[0], **{f"audio{level}": book for level, book in enumerate(audio.code_vectors)}}
 
 
 def make_pools(

@@ -75,7 +75,7 @@ class SpeechComparison:
 
     output: str = "runs/speech"
     """Directory of the data, of all runs and of results.json."""
-    steps: int = 4000
+    steps: int = 2400
     """Steps of the spectral codec; the others take as many as fit into the same time."""
     batch_size: int = 16
     """Excerpts of a second in a step."""

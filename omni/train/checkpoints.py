@@ -1,22 +1,35 @@
 """Checkpoints of a run: the state, where the data stands and JSON objects, committed together or not at all.
 
 Orbax writes a step under another name and renames it when it is whole, in a thread beside training. A step that was
-interrupted is never seen again; the one before stays until the next is committed.
+interrupted is never seen again; the one before stays until the next is committed. The same thread then writes the
+step's manifest, by which a run that goes on finds out whether the step is still what was written.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import difflib
+import logging
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
 
+from omni.storage import absolute
+from omni.train.manifests import has_manifest, verify, write_manifest
+from omni.train.placement import anywhere
 from omni.train.run_directory import CHECKPOINTS, CONFIG, differences, read_json
 from omni.train.step import TrainState
-from omni_tokenizers.errors import OmniError
+from omni_tokenizers.errors import OmniError, UsageError
+
+logger = logging.getLogger(__name__)
+DAMAGED = "damaged"
+"""Folder of a run in which damaged steps stay."""
 
 
 class Checkpoints:
@@ -25,12 +38,25 @@ class Checkpoints:
     Args:
       keep: how many of the newest stay.
       metadata: JSON objects by name that every checkpoint carries.
+      best: a metric; the checkpoint in which it was lowest stays besides the newest.
     """
 
-    def __init__(self, directory: epath.PathLike, keep: int, metadata: dict[str, dict[str, Any]]):
-        self.directory = epath.Path(directory).resolve() / CHECKPOINTS
-        self._metadata = metadata
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    def __init__(
+        self, directory: epath.PathLike, keep: int, metadata: dict[str, dict[str, Any]], best: str | None = None
+    ):
+        self.directory = absolute(directory) / CHECKPOINTS
+        self._metadata, self._best = metadata, best
+        policies = [checkpoint_managers.LatestN(keep)]
+        if best is not None:
+            policies.append(_lowest(best))
+        options = ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=True,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=None if best is None else lambda metrics: -metrics[best],
+            temporary_path_class=_with_manifest(
+                ocp.path.atomicity_defaults.get_default_temporary_path_class(self.directory)
+            ),
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
@@ -41,21 +67,51 @@ class Checkpoints:
         """The committed steps that are kept, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, data: dict[str, Any]) -> None:
+    def newest_whole(self) -> int | None:
+        """The newest step whose files are those of its manifest; None if there is no step.
+
+        A damaged step is named in the log and set aside. All processes of a run call this together.
+
+        Raises:
+          OmniError: there are steps, and all of them are damaged.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            path = self.directory / str(step)
+            if not has_manifest(path):
+                logger.info("%s has no manifest and is taken unverified", path)
+                return step
+            wrong = verify(path, (jax.process_index(), jax.process_count()))
+            if wrong:
+                logger.warning("%s is damaged: %s", path, "; ".join(wrong))
+            if not anywhere(bool(wrong)):
+                return step
+            self._set_aside(path, "; ".join(wrong) or "see the log of another process")
+        if steps:
+            raise OmniError(
+                f"{self.directory}: every checkpoint is damaged; they are in {DAMAGED} now, and the same command "
+                "begins anew"
+            )
+        return None
+
+    def save(self, state: TrainState, data: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Begins to write a checkpoint; the state may change as soon as this returns.
 
         Args:
-          data: the data iterator's state, JSON.
+          data: where the data stands, JSON.
+          metrics: what was measured at this step, among it the metric that says which checkpoint is the best.
 
         Raises:
           OmniError: this checkpoint, or the one before it, could not be written.
+          UsageError: there is no such metric.
         """
         step = int(state.step)
         if step == self.latest():
             return
         items = {name: ocp.args.JsonSave(content) for name, content in self._metadata.items()}
         items |= {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(data)}
-        self._write(lambda: self._manager.save(step, args=ocp.args.Composite(**items), force=True))
+        chosen = self._chosen(metrics or {})
+        self._write(lambda: self._manager.save(step, args=ocp.args.Composite(**items), metrics=chosen, force=True))
 
     def wait(self) -> None:
         """Returns when what was saved is committed; `OmniError` if it could not be."""
@@ -80,6 +136,27 @@ class Checkpoints:
         state = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         return _read(path, lambda: self._manager.restore(step, args=state))["state"], found["data"]
 
+    def _chosen(self, metrics: dict[str, float]) -> dict[str, float] | None:
+        if self._best is None:
+            return None
+        if self._best not in metrics:
+            nearest = difflib.get_close_matches(self._best, metrics, 1, 0)
+            hint = f"; the nearest that there is is '{nearest[0]}'" if nearest else ""
+            raise UsageError(f"keep_best names the metric '{self._best}', which is not measured{hint}")
+        return {self._best: metrics[self._best]}
+
+    def _set_aside(self, path: epath.Path, why: str) -> None:
+        if jax.process_index() == 0:
+            folder = self.directory.parent / DAMAGED
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{path.name}.txt").write_text(f"{why}\n")  # in a bucket, this is what makes the folder
+            if (folder / path.name).exists():
+                (folder / path.name).rmtree()
+            path.rename(folder / path.name)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"set aside {path}")
+        self._manager.reload()
+
     def __enter__(self) -> Checkpoints:
         return self
 
@@ -96,6 +173,24 @@ class Checkpoints:
             raise OmniError(f"{self.directory}: a checkpoint could not be written ({_line(error)}); {rest}") from error
 
 
+def _with_manifest(base: type) -> type:
+    """A kind of temporary directory of orbax that, once it is committed as a step, gets a manifest."""
+
+    class WithManifest(base):
+        async def finalize(self) -> None:
+            await super().finalize()
+            if self.get_final().name.isdigit():  # and no item of a step
+                await asyncio.to_thread(write_manifest, self.get_final())
+
+    return WithManifest
+
+
+def _lowest(metric: str) -> checkpoint_managers.PreservationPolicy:
+    return checkpoint_managers.BestN(
+        get_metric_fn=lambda metrics: -metrics[metric], n=1, keep_checkpoints_without_metrics=False
+    )
+
+
 def restore_params(run: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     """The parameters in a run's newest checkpoint, averaged ones where there are some, and the run's configuration.
 
@@ -105,7 +200,7 @@ def restore_params(run: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]
     Raises:
       OmniError: the directory is no run, or it has no checkpoint yet.
     """
-    run = epath.Path(run).resolve()
+    run = absolute(run)
     config = read_json(run / CONFIG)
     steps = ocp.utils.checkpoint_steps(run / CHECKPOINTS) if (run / CHECKPOINTS).exists() else []
     if not steps:

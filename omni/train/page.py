@@ -39,7 +39,8 @@ class Page:
         rows += [{"title": f"step {other}", "cells": read_json(folder / f"{other}.json")} for other in kept]
         losses = curves.read_losses(self.directory / LOG)
         critic = {name: losses.pop(name) for name in list(losses) if name.startswith("critic/")}
-        charts = [curves.chart(title, lines) for title, lines in (("net", losses), ("critic", critic))]
+        boundaries = curves.read_boundaries(self.directory / LOG)
+        charts = [curves.chart(title, lines, boundaries) for title, lines in (("net", losses), ("critic", critic))]
         values = {"title": self.directory.name, "step": step, "averaged": self.averaged, "rows": rows}
         with writing(self.directory / PAGE):
             values |= {"charts": [chart for chart in charts if chart]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,19 +12,24 @@ from typing import Any
 from etils import epath
 
 from omni.data.examples import Examples
+from omni.data.sources import Source
+from omni.storage import is_remote
 from omni.train.task import Task
 from omni_tokenizers.errors import OmniError
 
 CONFIG, FINISHED, CHECKPOINTS = "config.json", "finished.json", "checkpoints"
-MAY_CHANGE = ("output", "steps", "log_every", "checkpoint_every", "keep", "mesh")
+MAY_CHANGE = (
+    *("output", "steps", "log_every", "checkpoint_every", "keep", "keep_best", "mesh"),
+    *("skip", "lost_after", "profile", "wandb", "recipe"),
+)
 """Settings with which a run can go on when they change."""
 
 
 def to_json(value: Any) -> Any:
-    """A configuration as JSON; a task and its examples carry the names of their classes as `type`."""
+    """A configuration as JSON; tasks, examples and sources carry the names of their classes as `type`."""
     if dataclasses.is_dataclass(value):
         fields = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields} if isinstance(value, (Task, Examples)) else fields
+        return {"type": type(value).__name__, **fields} if isinstance(value, (Task, Examples, Source)) else fields
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -89,8 +95,8 @@ def read_json(path: epath.Path) -> Any:
 
 
 def write_json(path: epath.Path, content: Any) -> None:
-    """Writes a JSON file that appears only when it is whole."""
-    partial = path.parent / f"{path.name}.partial"
+    """Writes a JSON file that appears only when it is whole; several processes may write the same one."""
+    partial = path.parent / f"{path.name}.{uuid.uuid4().hex[:8]}.partial"
     with writing(path):
         partial.write_text(json.dumps(content, indent=2) + "\n")
         partial.replace(path)
@@ -103,6 +109,10 @@ def writing(path: epath.Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OmniError(f"{path}: could not be written ({error.strerror or error})") from error
+    except Exception as error:
+        if isinstance(error, OmniError) or not is_remote(path):
+            raise
+        raise OmniError(f"{path}: could not be written ({type(error).__name__}: {error})") from error  # a bucket's
 
 
 def _short(value: Any) -> str:

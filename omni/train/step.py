@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from omni.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from omni.train.task import Batch, Gallery, Task
+from omni.train.task import LARGEST, Batch, Gallery, Task
 from omni_tokenizers.losses.terms import Sum
 
 Metrics = dict[str, Sum]
+USUAL_LOSS_DECAY = 0.98
+"""Of the running mean of the loss beside which a spike is seen."""
 
 
 @partial(
@@ -83,22 +85,39 @@ def make_critic(task: Task, steps: int, seed: int) -> tuple[nnx.GraphDef, Critic
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, task: Task, config: OptimizerConfig, steps: int, seed: int, *, adversarial: bool = False
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    graphdef: nnx.GraphDef,
+    task: Task,
+    config: OptimizerConfig,
+    steps: int,
+    seed: int,
+    *,
+    adversarial: bool = False,
+    spike: float | None = None,
+    begin: int = 0,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The function of one step, to be compiled: (state, batch) -> (state, metrics).
 
     The random key of a step depends on the seed and its number alone. Metrics are the task's, `loss`, `gradient_norm`
-    (before clipping) and `learning_rate`; of a critic the same, as `critic/loss` and so on.
+    (before clipping), `learning_rate` and `update_to_weight` (the norm of the parameters' move over theirs); of a
+    critic the same, as `critic/loss` and so on.
+
+    A step whose loss or gradient is not finite is skipped: `skipped` is 1, and of the state only the number changes.
+    The optimizer does not count it, so its schedule comes later by as many steps.
 
     Args:
       adversarial: whether the critic takes part; net and critic then move at once, from one forward pass of the net
         that both judge as it was. Otherwise the critic stays as it is.
+      spike: skips, too, steps whose loss is above this multiple of the running mean of the loss. The function then
+        takes that mean as a third argument, NaN where there is none yet, and `usual_loss` is the mean after the step.
+      begin: where the schedule of `steps` steps begins.
     """
     if adversarial:
         critic_graphdef = jax.eval_shape(lambda: make_critic(task, steps, seed))[0]
         critic_steps = steps - task.adversary.start
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, usual: Float[Array, ""] | None = None
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         changed = {"step": state.step + 1}
         if adversarial:
@@ -111,24 +130,65 @@ def make_train_step(
             metrics |= {f"critic/{name}": value for name, value in more.items()}
         else:
             gradient, changed["rest"], metrics = accumulate(graphdef, task, config.accumulation, state, batch, key)
-        params, moments, more = descend(config, steps, state.step, gradient, state.optimizer, state.params)
+        params, moments, more = descend(config, steps, state.step, gradient, state.optimizer, state.params, begin=begin)
         changed |= {"params": params, "optimizer": moments}
         changed["ema"] = state.ema and running_mean(state.ema, params, config.ema_decay, state.step)
-        return dataclasses.replace(state, **changed), metrics | more
+        metrics |= more
+        taken = is_finite(metrics)
+        if spike is not None:
+            total, weight = metrics["loss"]
+            loss = jnp.where(weight > 0, total / weight, usual)
+            taken &= ~((usual > 0) & (loss > spike * usual))
+            mean = jnp.where(jnp.isnan(usual), loss, usual + (1 - USUAL_LOSS_DECAY) * (loss - usual))
+            metrics["usual_loss"] = (jnp.where(taken, mean, usual), jnp.ones(()))
+        metrics["skipped"] = (1 - taken.astype(jnp.float32), jnp.ones(()))
+        after = dataclasses.replace(state, **changed)
+        return dataclasses.replace(either(taken, after, state), step=after.step), metrics
 
     return train_step
 
 
+def is_finite(metrics: Metrics) -> Bool[Array, ""]:
+    """Whether losses and gradients, of the critic too where it takes part, are numbers."""
+    names = ("loss", "gradient_norm", "critic/loss", "critic/gradient_norm")
+    return jnp.isfinite(jnp.stack([metrics[name][0] for name in names if name in metrics])).all()
+
+
+def either(first: Bool[Array, ""], one: TrainState, other: TrainState) -> TrainState:
+    """One of two states.
+
+    Accelerators choose number by number, within what computes them and in place. On a CPU the choice would change how
+    the numbers themselves are rounded, since it comes between products and sums that are else one operation; there the
+    states are chosen whole, so that runs keep the bits that they had before steps could be skipped.
+    """
+
+    def whole(one: TrainState, other: TrainState) -> TrainState:
+        return jax.lax.cond(first, lambda one, _: one, lambda _, other: other, one, other)
+
+    def by_number(one: TrainState, other: TrainState) -> TrainState:
+        return jax.tree.map(lambda new, old: jnp.where(first, new, old), one, other)
+
+    return jax.lax.platform_dependent(one, other, cpu=whole, default=by_number)
+
+
 def descend(
-    config: OptimizerConfig, steps: int, step: Int[Array, ""], gradient: nnx.State, moments: Any, params: nnx.State
+    config: OptimizerConfig,
+    steps: int,
+    step: Int[Array, ""],
+    gradient: nnx.State,
+    moments: Any,
+    params: nnx.State,
+    *,
+    begin: int = 0,
 ) -> tuple[nnx.State, Any, Metrics]:
-    """(parameters, moments, metrics) after one step of the optimizer of a run of `steps` steps."""
+    """(parameters, moments, metrics) after one step of the optimizer; see `make_schedule` of `steps` and `begin`."""
     norm = optax.global_norm(gradient)
     if config.clip_norm:
         shrink = jnp.minimum(1, config.clip_norm / jnp.maximum(norm, 1e-12))
         gradient = jax.tree.map(lambda g: g * shrink, gradient)
-    updates, moments = make_optimizer(config, steps).update(gradient, moments, params)
-    metrics = {"gradient_norm": norm, "learning_rate": make_schedule(config, steps)(step)}
+    updates, moments = make_optimizer(config, steps, begin).update(gradient, moments, params)
+    metrics = {"gradient_norm": norm, "learning_rate": make_schedule(config, steps, begin)(step)}
+    metrics["update_to_weight"] = optax.global_norm(updates) / jnp.maximum(optax.global_norm(params), 1e-12)
     return optax.apply_updates(params, updates), moments, {name: (x, jnp.ones(())) for name, x in metrics.items()}
 
 
@@ -190,7 +250,8 @@ def accumulate_both(
 
 
 def over_microbatches(microbatch: Callable, number: int, carry: Any, batch: Batch, key: Array) -> tuple[Any, Any]:
-    """The last carry of, and the sum of all that is returned by `microbatch(carry, rows, key) -> (carry, sums)`.
+    """The last carry of, and the sum of all that is returned by `microbatch(carry, rows, key) -> (carry, sums)`; see
+    `joined`.
 
     Row r belongs to microbatch r % number, so that every device keeps its own rows.
     """
@@ -200,15 +261,26 @@ def over_microbatches(microbatch: Callable, number: int, carry: Any, batch: Batc
     def body(state, xs):
         carry, sums = state
         carry, more = microbatch(carry, *xs)
-        return (carry, jax.tree.map(jnp.add, sums, more)), None
+        return (carry, jax.tree.map_with_path(joined, sums, more)), None
 
     split = jax.tree.map(lambda x: x.reshape(-1, number, *x.shape[1:]).swapaxes(0, 1), batch)
     keys = jax.random.split(key, number)
     first = jax.tree.map(lambda x: x[0], (split, keys))
-    zeros = jax.tree.map(
-        lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(microbatch, carry, *first)[1]
+    none = jax.tree.map_with_path(
+        lambda path, shape: jnp.full(shape.shape, -jnp.inf if is_largest(path) else 0, shape.dtype),
+        jax.eval_shape(microbatch, carry, *first)[1],
     )
-    return jax.lax.scan(body, (carry, zeros), (split, keys))[0]
+    return jax.lax.scan(body, (carry, none), (split, keys))[0]
+
+
+def joined(path: tuple, one: Array, other: Array) -> Array:
+    """What two microbatches have together: the sum, or the larger number."""
+    return jnp.maximum(one, other) if is_largest(path) else one + other
+
+
+def is_largest(path: tuple) -> bool:
+    """Whether a leaf belongs to a metric of which the largest counts."""
+    return any(str(getattr(key, "key", "")).startswith(LARGEST) for key in path)
 
 
 def divided(gradient: nnx.State, weight: Float[Array, ""]) -> nnx.State:

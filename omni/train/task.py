@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,8 +21,22 @@ from omni_tokenizers.losses.terms import Sum
 Batch = dict[str, Array]
 
 
+LARGEST = "largest/"
+"""How the names of metrics begin of which the largest counts, not the mean: (value, 1), or (anything, 0) for none."""
 Loss = tuple[Float[Array, ""], Float[Array, ""], dict[str, Sum]]
 """(total, weight, metrics): total / weight is the loss."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What training on an example takes."""
+
+    tokens: int
+    """Tokens of an example, padding too."""
+    flops_per_token: float
+    """Of the model, forward and backward, as they are counted for MFU: six for each parameter in a matrix product
+    (the output head, but no table that is looked up), and those of causal attention, half a square; what is computed
+    anew to save memory does not count."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,10 @@ class Task(abc.ABC):
     def dataset(self, seed: int) -> grain.MapDataset:
         """Single examples, endless and in an order that depends on `seed`: dicts of numpy arrays of fixed shapes."""
 
+    def next_dataset(self, seed: int, before: Sequence[tuple[Task, int]]) -> grain.MapDataset:
+        """`dataset` of a stage, where stages `before` have taken some examples each: the number at which it goes on."""
+        return self.dataset(seed)[sum(taken for _, taken in before) :]
+
     def validation(self) -> list[dict[str, np.ndarray]] | None:
         """Held-out batches, on which the loss is measured at every checkpoint."""
         return None
@@ -111,6 +129,10 @@ class Task(abc.ABC):
     def metadata(self) -> dict[str, dict[str, Any]]:
         """JSON objects by name that every checkpoint carries, and that must not change within a run."""
         return {}
+
+    def work(self) -> Work | None:
+        """What an example takes; None where tokens mean nothing."""
+        return None
 
     @abc.abstractmethod
     def save(self, model: nnx.Module, directory: epath.Path) -> None:

@@ -28,7 +28,8 @@ def same(first, second) -> bool:
 
 
 def test_rows_hold_whole_documents(shards, rows):
-    """In every epoch the segments of all rows are the documents, each whole and once, with their own positions."""
+    """In every epoch the segments of all rows are the documents, each whole and once, with their own positions, and the
+    numbers of a row's documents are theirs."""
     grammar = shards.grammar
     documents = sorted(tuple(shards[i]["ids"]) for i in range(len(shards)))
     for epoch in range(2):
@@ -39,6 +40,8 @@ def test_rows_hold_whole_documents(shards, rows):
                 place = np.flatnonzero(row["segments"] == segment)
                 assert np.array_equal(place, np.arange(place[0], place[-1] + 1))
                 ids = row["ids"][place]
+                number = rows.documents(epoch * rows.packing.rows + i)[segment - 1]
+                np.testing.assert_array_equal(ids, shards[number]["ids"])
                 states = grammar.annotate(ids)
                 np.testing.assert_array_equal(row["positions"][place], grammar.positions(states, np.arange(ids.size)))
                 np.testing.assert_array_equal(row["modalities"][place], grammar.tables.modality[states])

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 from documents import make_documents, make_grammar
+from etils import epath
 
 from omni.data import shards as shards_module
-from omni.data.shards import TokenShards, write_shards
+from omni.data.shards import ShardWriter, TokenShards, write_manifest, write_shards
 from omni_tokenizers.errors import OmniError
 
 
@@ -59,6 +60,23 @@ def test_interrupted_writing_leaves_nothing(tmp_path):
     assert len(TokenShards(tmp_path / "s")) == 3
     with pytest.raises(OmniError, match="exists already"):
         write_shards(tmp_path / "s", documents, grammar.vocabulary, grammar, {})
+
+
+def test_documents_say_where_they_come_from(tmp_path):
+    """In their own records, which hold the same arrays as those that do not say it, from before it was recorded."""
+    grammar = make_grammar()
+    documents = make_documents(grammar, 4)
+    origins = ["a.jsonl:1", None, "größer.tar:b/c:d", "x" * 10_000]
+    with ShardWriter(epath.Path(tmp_path), 0) as writer:
+        for document, origin in zip(documents, origins, strict=True):
+            writer.write(document, origin)
+    write_manifest(epath.Path(tmp_path), [writer.shard], grammar.vocabulary, grammar, {})
+    shards = TokenShards(tmp_path)
+    assert [shards.origin(i) for i in range(4)] == origins
+    for i, document in enumerate(documents):
+        assert shards[i].keys() == {"ids", "target"}
+        np.testing.assert_array_equal(shards[i]["ids"], document.ids)
+        np.testing.assert_array_equal(shards[i]["target"], document.target)
 
 
 def test_another_vocabulary_is_refused(written):

@@ -6,12 +6,15 @@ models answer through the real grammar and processor: what evaluation sees is a 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 
+from omni.data.sources import Samples, Source
 from omni.evaluate import EvaluationData, EvaluationSettings, Examples, WordRequest
 from omni.grammar import Grammar, Span
 from omni.model import TransformerConfig
@@ -137,6 +140,54 @@ def make_data(train: int = 40, test: int = 12) -> EvaluationData:
     return EvaluationData("toy-1", WORDS, training, held_out, requests)
 
 
+@dataclass(frozen=True)
+class Listed(Source):
+    """Documents that are there already."""
+
+    documents: tuple = ()
+
+    def open(self):
+        return ListedSamples(self.documents)
+
+
+class ListedSamples(Samples):
+    def __init__(self, documents):
+        self._documents = documents
+
+    @property
+    def description(self):
+        return {"kind": "listed"}
+
+    def __len__(self):
+        return len(self._documents)
+
+    def where(self, index):
+        return epath.Path("documents"), index
+
+    def name(self, index):
+        return f"document {index}"
+
+    def __getitem__(self, index):
+        return self._documents[index]
+
+    def texts(self, index):
+        return [part.text for part in self[index] if part.modality == "text"]
+
+
+def make_documents(count: int, *directions: tuple[str, str], seed: int = 0) -> Listed:
+    """So many documents of each direction, all of new examples, whose parts are of one class."""
+    rng, processor = np.random.default_rng(seed), FakeModel().processor
+    spans = [
+        [
+            Span(modality, make_codes(modality, number % len(WORDS), rng), context=place == 0)
+            for place, modality in sides
+        ]
+        for number in range(count)
+        for sides in map(enumerate, directions)
+    ]
+    return Listed(tuple(processor.parts(spans)))
+
+
 class Nothing(nnx.Module):
     def __init__(self, value: float):
         self.value = nnx.Param(jnp.float32(value))
@@ -180,8 +231,17 @@ class FakeModel:
         self.asked += len(requests)
         return make_replies(self.processor, [self._answer(request) for request in requests])
 
-    def logits(self, ids):
-        return np.zeros((*ids.shape, self.vocabulary.size), np.float32)
+    def token_losses(self, documents):
+        """A nat a token; of a target as much less as the model is skilled, where it is of its context's class.
+
+        A deaf model takes every context for one of the target's class.
+        """
+        return [np.full(len(each.ids), 1 - self.skill * self._fits(each.ids)) for each in documents]
+
+    def _fits(self, ids):
+        spans = self.grammar.parse(ids)
+        labels = [self._heard(own[0]) for own in self.processor.parts([[span] for span in spans])]
+        return self.deaf or len(set(labels)) == 1
 
     def _answer(self, request):
         prompt = self.processor.spans([request.parts])[0][0].codes.tobytes()
@@ -191,7 +251,7 @@ class FakeModel:
             label = rng.integers(len(WORDS))
         elif rng.random() >= self.skill:
             label = (label + rng.integers(1, len(WORDS))) % len(WORDS)
-        order = request.want or self._order(request.parts[0].text)
+        order = request.want or self._order(request.parts[0])
         spans = [Span(modality, self._codes(modality, label, rng)) for modality in order]
         ids = np.concatenate([self.grammar.span_ids(span) for span in spans])
         ids = np.append(ids, self.grammar.control["eos"]).astype(np.int32)
@@ -213,8 +273,10 @@ class FakeModel:
         last[places] = (last[places] + 1) % TOKENIZERS[modality].codebook_sizes[-1]
         return codes
 
-    def _order(self, text):
-        order = next(order for phrase, order in ORDERS.items() if text.split()[0] == phrase.split()[0])
+    def _order(self, part):
+        """What a request asks for in words; a picture where nothing is asked."""
+        asked = part.text.split()[0] if part.modality == "text" else None
+        order = next((order for phrase, order in ORDERS.items() if asked == phrase.split()[0]), ("image",))
         return order[::-1] if self.backwards else order
 
     def _heard(self, part):

@@ -13,8 +13,8 @@ from evaluation_fakes import SMALL, WORDS, FakeModel
 
 from omni.evaluate import evaluate
 from omni.evaluate.data import draw_inputs
+from omni.evaluate.intervals import wilson_interval
 from omni.evaluate.judges import fit_judges
-from omni.evaluate.matrix import wilson_interval
 from omni.evaluate.replies import ask
 from omni.evaluate.run import read_samples
 from omni.evaluate.tokens import measure_bits
@@ -142,12 +142,18 @@ def test_well_formed(able):
     assert able["well_formed"]["n"] == 6 * 200 + SMALL.requests
 
 
+def even(document):
+    """Every token costs a nat."""
+    return np.ones(len(document.ids))
+
+
 def test_bits_per_token(data):
-    """Even logits cost log2 of the vocabulary for each token of the target; input and fill-up do not count."""
+    """A nat a token is log2(e) bits for each token of the target; the input does not count."""
     model = FakeModel()
-    even = measure_bits(model, data, ("image", "audio"), SMALL, lambda _: None)
-    assert even["tokens"] == SMALL.documents * 16
-    assert even["bits"] / even["tokens"] == pytest.approx(np.log2(model.vocabulary.size))
+    model.token_losses = lambda documents: list(map(even, documents))
+    found = measure_bits(model, data, ("image", "audio"), SMALL, lambda _: None)
+    assert found["tokens"] == SMALL.documents * 16
+    assert found["bits"] / found["tokens"] == pytest.approx(np.log2(np.e))
     words = [WORDS[i % len(WORDS)] for i in range(SMALL.documents)]
     assert measure_bits(model, data, ("image", "text"), SMALL, lambda _: None)["tokens"] == len("".join(words))
 
@@ -156,26 +162,21 @@ def test_bits_per_token(data):
 def test_bits_of_text_are_those_of_the_bare_word(data, direction):
     """Targets are what models are taught to answer, never another phrasing, while prompts come in every phrasing."""
     model, seen = FakeModel(), []
-    even = model.logits
-    model.logits = lambda ids: (seen.extend(ids), even(ids))[1]
+    model.token_losses = lambda documents: (seen.extend(documents), list(map(even, documents)))[1]
     measure_bits(model, data, direction, SMALL, lambda _: None)
-    texts = [span.codes.ravel() for row in seen for span in model.grammar.parse(row) if span.modality == "text"]
-    texts = {fakes.TOKENIZERS["text"].decode(codes).strip() for codes in texts} - {""}  # rows are filled up with spaces
+    spans = [span for document in seen for span in model.grammar.parse(document.ids) if span.modality == "text"]
+    assert {span.context for span in spans} == {direction[0] == "text"}
+    texts = {fakes.TOKENIZERS["text"].decode(span.codes) for span in spans}
     assert texts == set(WORDS) if direction[1] == "text" else any(text.startswith("the ") for text in texts)
 
 
-def test_bits_belong_to_the_next_token(data):
-    """Logits that know the next token where it is a code, and nothing else, cost nothing: boundaries do not count."""
+def test_bits_are_of_codes_alone(data):
+    """Costs of the input, of boundaries and of the end do not count."""
     model = FakeModel()
     codes = np.isin(np.arange(model.vocabulary.size), model.vocabulary.block("image"))
-
-    def logits(ids):
-        following = np.roll(ids, -1, axis=1)
-        return 50.0 * np.eye(model.vocabulary.size, dtype=np.float32)[following] * codes[following][..., None]
-
-    model.logits = logits
+    model.token_losses = lambda documents: [np.where(codes[each.ids] & each.target, 0, 50) for each in documents]
     bits = measure_bits(model, data, ("text", "image"), SMALL, lambda _: None)
-    assert bits["tokens"] == SMALL.documents * 16 and bits["bits"] == pytest.approx(0, abs=1e-3)
+    assert bits["tokens"] == SMALL.documents * 16 and bits["bits"] == 0
 
 
 def test_token_agreement(data, able, tmp_path):

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from omni.evaluate import evaluate, read_samples, write_report
 from omni.evaluate.data import draw_inputs
-from omni.evaluate.matrix import cluster_interval, derangement, effective_count, wilson_interval
+from omni.evaluate.intervals import cluster_interval, effective_count, wilson_interval
+from omni.evaluate.matrix import derangement
 from omni.evaluate.variety import fewest_differing
-from omni.pages.curves import chart, read_losses
+from omni.pages.curves import chart, read_boundaries, read_losses
 
 
 def test_wilson_interval():
@@ -133,3 +134,15 @@ def test_curves_read_only_losses(tmp_path):
     drawn = chart("x", losses)
     assert not drawn.logarithmic and float(drawn.losses[0][1]) == 0 and float(drawn.losses[-1][1]) >= 3
     assert chart("x", {"loss": [(0, 10.0), (5, 0.1)]}).logarithmic and chart("x", {}) is None
+
+
+def test_boundaries_of_stages_are_drawn(tmp_path):
+    """A line stands at the last step of each stage but the last, where the losses of that step are; without stages
+    there is none."""
+    lines = [{"step": step, "loss": 1.0, "stage": 1 + (step > 20)} for step in (10, 20, 30, 40)]
+    (tmp_path / "log").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_boundaries(tmp_path / "log") == [20]
+    drawn = chart("x", read_losses(tmp_path / "log"), read_boundaries(tmp_path / "log"))
+    assert [f"{x}" for x in drawn.stages] == [drawn.lines[0].points.split()[1].split(",")[0]]
+    (tmp_path / "plain").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 1.0}\n')
+    assert read_boundaries(tmp_path / "plain") == [] and chart("x", read_losses(tmp_path / "plain")).stages == []

@@ -104,6 +104,19 @@ def test_a_batch_takes_the_steps_of_its_longest_in_one_program(model, grammar):
     assert engine.counts == {"prefill": 1, "advance": 1, "steps": max(lengths)}
 
 
+def test_what_is_lowered_from_shapes_is_what_runs(model, grammar):
+    """The loop that `omni compile --generate` compiles is, argument for argument, the one that a batch has run: it is
+    not traced again."""
+    engine = Engine(make_decoder(model), grammar)
+    requests = [request(grammar, prompt(grammar, seed, "text"), max_tokens=9) for seed in (1, 2)]
+    engine.generate(requests)
+    assert engine.counts["advance"] == 1
+    lowered = engine.lower(requests=2, capacity=96)
+    assert engine.counts["advance"] == 1 and "while" in lowered.as_text()
+    engine.lower(requests=2, capacity=128)
+    assert engine.counts["advance"] == 2
+
+
 def test_another_prompt_of_the_same_padded_length_compiles_nothing(grammar, engine):
     """Prompt, order, seed, sampling and budget are data."""
     engine.generate([request(grammar, prompt(grammar, 1, "text"), want=(IMAGE,))])

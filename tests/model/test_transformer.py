@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from transformer_cases import TINY, VARIANTS, apply_model, batch, noisy_model
-from transformer_reference import forward
+from transformer_reference import features, forward
 
 from omni.model import Transformer
+from omni.model.config import TENSORS
 from omni.model.positions import rotate, rotation
 from omni_tokenizers.errors import UsageError
 
@@ -26,6 +27,20 @@ def test_forward_equals_reference(name):
     expected = np.stack([forward(config, parameters, *row) for row in zip(ids, positions, segments, strict=True)])
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("block", [3, 1024])
+def test_what_the_flight_recorder_is_told(block):
+    """Each token's largest attention logit of all blocks and heads, and the length of its stream before the last norm,
+    are those of the reference, however many queries are read at once."""
+    config, (ids, positions, segments) = dataclasses.replace(TINY, attention_blocks=(block, 1)), batch()
+    model = noisy_model(config)
+    found = nnx.jit(Transformer.features)(model, ids, positions, segments)
+    parameters = jax.tree.map(lambda x: np.asarray(x, np.float64), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    rows = [features(config, parameters, *row) for row in zip(ids, positions, segments, strict=True)]
+    _, norms, largest = map(np.stack, zip(*rows, strict=True))
+    np.testing.assert_allclose(found.norms, norms, rtol=1e-5)
+    np.testing.assert_allclose(found.largest_logits, largest, rtol=1e-4, atol=1e-5)
 
 
 def test_segments_are_independent():
@@ -72,17 +87,18 @@ def test_remat_changes_nothing():
     ids, positions, segments = batch()
     state = nnx.state(noisy_model(TINY))
 
-    @partial(jax.jit, static_argnums=1)
+    @partial(jax.jit, static_argnums=(1, 2))
     @jax.value_and_grad
-    def gradient(state, remat):
-        model = nnx.eval_shape(lambda: Transformer(dataclasses.replace(TINY, remat=remat), rngs=nnx.Rngs(0)))
+    def gradient(state, remat, saved=()):
+        config = dataclasses.replace(TINY, remat=remat, saved=saved)
+        model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
         nnx.update(model, state)
         return jnp.square(model(ids, positions, segments)).mean()
 
     plain = gradient(state, "none")
-    for remat in ("full", "dots", "attention"):
-        close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6, err_msg=remat)
-        jax.tree.map(close, gradient(state, remat), plain)
+    for remat in (("blocks",), ("dots",), ("blocks", ("attention",)), ("blocks", TENSORS)):
+        close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6, err_msg=str(remat))
+        jax.tree.map(close, gradient(state, *remat), plain)
 
 
 def test_dropout_needs_a_key():

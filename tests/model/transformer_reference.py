@@ -33,8 +33,8 @@ def head_norm(config, x, weights, name):
     return x
 
 
-def attention(config, weights, rows, positions, segments):
-    """What attention adds at each token of one row [length, dim]."""
+def attention(config, weights, rows, positions, segments, largest):
+    """What attention adds at each token of one row [length, dim]; `largest` becomes each token's largest logit."""
     changes = np.zeros_like(rows)
     share = config.heads // config.key_value_heads
     for now in range(len(rows)):
@@ -47,6 +47,7 @@ def attention(config, weights, rows, positions, segments):
                 key = head_norm(config, rows[then] @ weights["key"][:, head // share], weights, "key_norm")
                 scores.append(query @ rotate(config, key, positions[then]) / math.sqrt(config.head_dim))
                 values.append(rows[then] @ weights["value"][:, head // share])
+            largest[now] = max(largest[now], *scores)
             shares = np.exp(np.array(scores) - max(scores))
             read = (shares / shares.sum()) @ np.array(values)
             changes[now] += read @ weights["output"][head]
@@ -66,10 +67,23 @@ def add(config, x, scale, branch):
 
 def forward(config, parameters, ids, positions, segments):
     """Logits [length, vocabulary] of one row; `parameters` are a Transformer's as a nested dict of float64 arrays."""
-    x = parameters["embedding"][ids]
+    return (
+        features(config, parameters, ids, positions, segments)[0]
+        @ (parameters["embedding"] if config.tied_embeddings else parameters["head"]).T
+    )
+
+
+def features(config, parameters, ids, positions, segments):
+    """What logits are made of, each token's length of the stream before the last norm, and its largest logit."""
+    x, largest = parameters["embedding"][ids], np.full(len(ids), -np.inf)
     for layer in range(config.depth):
         weights = {name: value[layer] for name, value in parameters["blocks"].items()}
-        x = add(config, x, weights["attention_norm"], lambda y, w=weights: attention(config, w, y, positions, segments))
+        x = add(
+            config,
+            x,
+            weights["attention_norm"],
+            lambda y, w=weights: attention(config, w, y, positions, segments, largest),
+        )
         x = add(config, x, weights["mlp_norm"], lambda y, w=weights: mlp(w, y))
-    x = np.array([rms(row, parameters["norm"], config.norm_epsilon) for row in x])
-    return x @ (parameters["embedding"] if config.tied_embeddings else parameters["head"]).T
+    normed = np.array([rms(row, parameters["norm"], config.norm_epsilon) for row in x])
+    return normed, np.sqrt((x**2).sum(1)), largest

@@ -1,13 +1,17 @@
-"""Codes at the released sizes, from so much sound and so many pictures that at least half of each codebook is in use.
+"""Codes at the released sizes, with at least half of each codebook in use.
 
     python tests/parity/half_of_each_codebook.py docs/results/tokenizers/half_of_each_codebook.json
 
 It takes too long for every run of the tests, whose own clips and pictures at these sizes are short and small. It goes
-on where it was stopped. Weights are random, and codebooks lie amid the latents, as there, and the
-comparisons are theirs.
+on where it was stopped. Weights are random, and codebooks lie amid the latents, as there.
+
+Of clips and pictures, latents and codes are compared. So that few of them use half of each codebook, both sides
+quantise these latents again, each time with their channels scaled otherwise. Codes must be equal but for near-ties, as
+`near_ties` has them.
 """
 
 import argparse
+import copy
 import json
 import shlex
 import sys
@@ -20,60 +24,96 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
 
+import jax.numpy as jnp
+import near_ties
+import random_codecs
 import test_audio_codecs as audio
 import test_emu3 as emu3
 import test_image_tokenizers as image
 import torch
 import vqgan_reference as reference
+from flax import nnx
 from random_codecs import RELEASED, random_codec, sound
-from random_vqgans import (
-    TOLERANCE,
-    check_codes,
-    codebook_amid,
-    error,
-    first,
-    last,
-    latents,
-    load,
-    quantize,
-    randomised,
-    shapes_of,
-)
-from their_codecs import their_codes
+from random_vqgans import TOLERANCE, codebook_amid, error, first, last, latents, load, quantize, randomised, shapes_of
+from their_codecs import pieces, their_codes
 
 import omni_tokenizers
 from omni_tokenizers.checkpoints import vqgan as vqgan_checkpoints
+from omni_tokenizers.mimi import MimiNet
 
-SECONDS, MOST_CLIPS = 10, 80
+SECONDS, MOST_CLIPS = 4, 50
+SCALINGS = 12
+"""How often latents are quantised, each time with other scales of their channels; the first time with none."""
+
+
+def scalings(channels: int) -> Iterator[np.ndarray]:
+    """A float32 [channels] each time. Powers of two leave every latent's rounding as it is."""
+    generator = np.random.default_rng(0)
+    yield np.ones(channels, np.float32)
+    for _ in range(SCALINGS - 1):
+        yield np.exp2(generator.integers(-2, 2, channels)).astype(np.float32)
 
 
 def measure_codec(name: str) -> dict:
-    """Clips of ten seconds until half of each codebook is in use."""
+    """Clips of a few seconds, and their latents scaled, until half of each codebook is in use."""
     model = random_codec(RELEASED[name](), SECONDS)
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         tokenizer = omni_tokenizers.load(directory)
-    used, differing, total = [set() for _ in range(tokenizer.codebooks)], 0, 0
-    for seed in range(1, MOST_CLIPS):
+    exact = copy.deepcopy(model).double()
+    used, differing, total = [set() for _ in range(tokenizer.codebooks)], np.zeros(2, int), np.zeros(2, int)
+    for seed in range(1, MOST_CLIPS + 1):
         x = sound(model.config, 1, SECONDS * model.config.sampling_rate, seed)
         ours, theirs = tokenizer.encode(x).ids, their_codes(model, x).ids
         audio.assert_same_codes(model, tokenizer, x, ours, theirs)
-        differing, total = differing + int((ours != theirs).sum()), total + ours.size
-        for level, codes in zip(used, theirs[0], strict=True):
-            level.update(codes.tolist())
+        for number, (one, other) in enumerate([(ours[0], theirs[0]), *requantised(model, exact, tokenizer, x)]):
+            differing[min(number, 1)] += (one != other).sum()
+            total[min(number, 1)] += one.size
+            for level, codes in zip(used, other, strict=True):
+                level.update(codes.tolist())
         if min(map(len, used)) >= tokenizer.codebook_sizes[0] / 2:
             break
-    share = min(map(len, used)) / tokenizer.codebook_sizes[0]
-    return {"seconds": seed * SECONDS, "codes": total, "differ": differing, "least_used": share}
+    return {
+        "seconds": seed * SECONDS,
+        "codes": int(total[0]),
+        "differ": int(differing[0]),
+        "scaled_codes": int(total[1]),
+        "scaled_differ": int(differing[1]),
+        "least_used": min(map(len, used)) / tokenizer.codebook_sizes[0],
+    }
+
+
+@torch.no_grad()
+def requantised(model, exact, tokenizer, x: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Our and their codes [codebooks, frames] of their latents of a clip, in each scaling but the first."""
+    rows = torch.cat([random_codecs.latents(model, torch.tensor(piece)) for _, _, piece in pieces(tokenizer, x)])
+    for scales in list(scalings(rows.shape[1]))[1:]:
+        values = rows * torch.tensor(scales)
+        ours, theirs = np.asarray(quantise_sound(tokenizer.net, values.numpy())), random_codecs.quantised(model, values)
+        assert random_codecs.are_near_ties(model, exact, values, values.double(), theirs, ours)
+        yield ours, theirs
+
+
+@nnx.jit
+def quantise_sound(net, values):
+    """Our codes [codebooks, frames] of latents [frames, dim]."""
+    parts = (net.semantic, net.acoustic) if isinstance(net, MimiNet) else (net.quantizer,)
+    return jnp.concatenate([part.encode(values[None], len(part.levels))[0] for part in parts])
 
 
 class Family(NamedTuple):
-    """An image tokenizer: transformers' or the reference's latents of pixels, and ours with a codebook."""
+    """An image tokenizer: transformers' or the reference's latents of pixels in some precision, and ours with a
+    codebook."""
 
     codes: int
-    their_latents: Callable[[np.ndarray], np.ndarray]
+    their_latents: Callable[[np.ndarray, torch.dtype], np.ndarray]
     ours: Callable[[np.ndarray], omni_tokenizers.Tokenizer]
     shape: tuple[int, ...] = (1, 256, 256)
+
+
+def encoded(model, x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """What a VQGAN of transformers compares with its codebook, channels second."""
+    return model.quant_conv(model.encoder(first(x).to(dtype)))
 
 
 def chameleon() -> Family:
@@ -82,7 +122,7 @@ def chameleon() -> Family:
     load(model, tensors)
     return Family(
         model.config.num_embeddings,
-        lambda x: last(model.quant_conv(model.encoder(first(x)))),
+        lambda x, dtype: last(encoded(model.to(dtype), x, dtype)),
         lambda book: vqgan_checkpoints.from_chameleon({}, tensors | {"quantize.embedding.weight": book}, "random"),
     )
 
@@ -93,7 +133,7 @@ def janus() -> Family:
     load(model, tensors)
     return Family(
         model.config.num_embeddings,
-        lambda x: last(reference.unit(model.quant_conv(model.encoder(first(x))), 1)),
+        lambda x, dtype: last(reference.unit(encoded(model.to(dtype), x, dtype), 1)),
         lambda book: vqgan_checkpoints.from_janus({}, tensors | {"quantize.embedding.weight": 3 * book}, "random"),
     )
 
@@ -101,10 +141,14 @@ def janus() -> Family:
 def llamagen() -> Family:
     names, settings = reference.LLAMAGEN, image.LLAMAGEN_RELEASED
     tensors = randomised(reference.shapes(names, **settings))
-    double = {name: torch.tensor(value).double() for name, value in tensors.items()}
+
+    def their_latents(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+        weights = {name: torch.tensor(value).to(dtype) for name, value in tensors.items()}
+        return last(reference.unit(reference.encoded(weights, names, first(x).to(dtype)), 1))
+
     return Family(
         settings["codes"],
-        lambda x: last(reference.unit(reference.encoded(double, names, first(x)), 1)),
+        their_latents,
         lambda book: vqgan_checkpoints.from_original(tensors | {"quantize.embedding.weight": 3 * book}, 256, "random"),
     )
 
@@ -118,7 +162,12 @@ def emu3_video() -> Family:
         with tempfile.TemporaryDirectory() as directory:
             return emu3.saved(model, Path(directory))
 
-    return Family(model.config.codebook_size, lambda x: emu3.their_latents(model, x), ours, (1, 4, 256, 256))
+    return Family(
+        model.config.codebook_size,
+        lambda x, dtype: emu3.their_latents(model.to(dtype), x),
+        ours,
+        (1, 4, 256, 256),
+    )
 
 
 PICTURES = {"chameleon": chameleon, "janus": janus, "llamagen": llamagen, "emu3": emu3_video}
@@ -131,30 +180,56 @@ def pictures(shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         yield generator.uniform(-1, 1, (*shape, 3)).astype(np.float32)
 
 
+@torch.no_grad()
 def measure_pictures(name: str) -> dict:
-    """As many pictures as have latents for 9/16 of the codes."""
-    family, theirs = PICTURES[name](), []
-    with torch.no_grad():
-        for x in pictures(family.shape):
-            theirs.append(family.their_latents(x))
-            if sum(values[..., 0].size for values in theirs) >= 9 / 16 * family.codes:
-                break
-        tokenizer = family.ours(codebook_amid(np.concatenate(theirs), family.codes, spread=0.01))
-    largest, codes = 0.0, []
-    for x, values in zip(pictures(family.shape), theirs, strict=False):
-        ours = latents(tokenizer.net, x)
-        largest = max(largest, error(ours, values))
-        codes.append(np.asarray(quantize(tokenizer.net, ours)))
+    """As many pictures as have, in all scalings, latents for 9/16 of the codes."""
+    family, shown, exact, rounded = PICTURES[name](), [], [], []
+    for x in pictures(family.shape):
+        shown.append(x)
+        exact.append(family.their_latents(x, torch.float64))
+        rounded.append(family.their_latents(x, torch.float32))
+        if SCALINGS * sum(values[..., 0].size for values in exact) >= 9 / 16 * family.codes:
+            break
+    scales = list(scalings(exact[0].shape[-1]))
+    book = codebook_amid(np.concatenate([flat(exact) * each for each in scales]), family.codes, spread=0.01)
+    tokenizer = family.ours(book)
+    ours = [np.asarray(latents(tokenizer.net, x)) for x in shown]
+    largest = max(error(*each) for each in zip(ours, exact, strict=True))
     assert largest < TOLERANCE, largest
-    codes = np.concatenate(codes)
-    ties = check_codes(codes, np.concatenate(theirs), tokenizer.code_vectors[0])
+    used, differing = set(), []
+    for each in scales:
+        codes = np.concatenate([np.ravel(quantize(tokenizer.net, values * each)) for values in ours])
+        nearest = their_nearest(flat(exact) * each, flat(rounded) * each, tokenizer.code_vectors[0], codes)
+        differing.append(int((codes != nearest).sum()))
+        used.update(nearest.tolist())
     return {
-        "pictures": len(theirs),
-        "codes": codes.size,
-        "differ": ties,
-        "least_used": len(np.unique(codes)) / family.codes,
+        "pictures": len(shown),
+        "codes": len(codes),
+        "differ": differing[0],
+        "scaled_codes": len(codes) * (SCALINGS - 1),
+        "scaled_differ": sum(differing[1:]),
+        "least_used": len(used) / family.codes,
         "latents_within": largest,
     }
+
+
+def flat(values: list[np.ndarray]) -> np.ndarray:
+    """All latents, [n, dim]."""
+    return np.concatenate([each.reshape(-1, each.shape[-1]) for each in values])
+
+
+def their_nearest(exact: np.ndarray, rounded: np.ndarray, book: np.ndarray, ours: np.ndarray) -> np.ndarray:
+    """The code of each latent [n, dim] in float64; fails where ours [n] is no near-tie of it."""
+    exact, rounded, vectors = torch.tensor(exact), torch.tensor(rounded), torch.tensor(book)
+    bound = near_ties.rounding(exact, vectors.double(), rounded, vectors)
+    nearest = []
+    for part in near_ties.parts(len(exact), len(book)):
+        distances = near_ties.squared_distances(exact[part], vectors.double())
+        least, codes = distances.min(1)
+        excess = distances.gather(1, torch.tensor(ours[part], dtype=torch.long)[:, None])[:, 0] - least
+        assert excess.max() <= bound, (excess.max(), bound)
+        nearest.append(codes.numpy())
+    return np.concatenate(nearest)
 
 
 def main() -> None:

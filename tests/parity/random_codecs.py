@@ -7,6 +7,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 
+import near_ties
 import numpy as np
 import torch
 import transformers
@@ -150,6 +151,8 @@ class Level:
     """What codes [n] stand for, [n, dim]."""
     fill: Callable[[torch.Tensor], None]
     """Sets the vectors."""
+    distances: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = near_ties.squared_distances
+    """Squared ones, as the model computes them."""
 
 
 def branches(model) -> list[tuple[Callable[[torch.Tensor], torch.Tensor], list[Level]]]:
@@ -180,7 +183,7 @@ def _by_count(codebook) -> Level:
         codebook.embed_sum.copy_(vectors * codebook.cluster_usage.clamp(min=1e-5)[:, None])
         codebook._embed = None  # what it may have divided before
 
-    return Level(lambda x: x, vectors, lambda codes: vectors()[codes], fill)
+    return Level(lambda x: x, vectors, lambda codes: vectors()[codes], fill, near_ties.squared_by_cdist)
 
 
 def _by_direction(quantizer) -> Level:
@@ -218,25 +221,51 @@ def fill_codebooks(model, audio: torch.Tensor, generator: torch.Generator) -> No
             residual = residual - level.lookup(torch.cdist(level.compared(residual), level.vectors()).argmin(1))
 
 
-def is_near_tie(model, piece: np.ndarray, theirs: np.ndarray, ours: np.ndarray, relative: float) -> bool:
-    """Whether each frame's first disagreement [codebooks, frames] is between distances that are equal in float64.
+def is_near_tie(model, piece: np.ndarray, theirs: np.ndarray, ours: np.ndarray) -> bool:
+    """Whether codes [codebooks, frames] of a piece are equal but for near-ties, as `near_ties` has them."""
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        values = latents(exact, torch.tensor(piece, dtype=torch.float64))
+        return are_near_ties(model, exact, latents(model, torch.tensor(piece)), values, theirs, ours)
+
+
+@torch.no_grad()
+def are_near_ties(
+    model, exact, rounded: torch.Tensor, values: torch.Tensor, theirs: np.ndarray, ours: np.ndarray
+) -> bool:
+    """Whether each frame's first disagreement [codebooks, frames] is a near-tie, as `near_ties` has them.
 
     What follows a disagreement within a branch quantises another residual, and is not compared.
+
+    Args:
+        rounded, values: latents [frames, dim] of the model in float32, and of `exact`, the same in float64.
     """
-    exact = copy.deepcopy(model).double()
-    theirs, ours = torch.tensor(theirs), torch.tensor(ours)
+    theirs, ours = torch.tensor(theirs, dtype=torch.long), torch.tensor(ours, dtype=torch.long)
     first = 0
-    with torch.no_grad():
-        rows = latents(exact, torch.tensor(piece, dtype=torch.float64))
-        for project, levels in branches(exact):
-            residual, agreed = project(rows), torch.ones(len(rows), dtype=torch.bool)
-            for level, one, other in zip(levels, theirs[first:], ours[first:], strict=False):
-                seen, vectors = level.compared(residual), level.vectors()
-                distances = [(seen - vectors[codes]).square().sum(1) for codes in (one, other)]
-                gap = (distances[0] - distances[1]).abs() / torch.maximum(*distances)
-                if (agreed & (gap > relative)).any():
+    for (project, levels), (project_rounded, levels_rounded) in zip(branches(exact), branches(model), strict=True):
+        residual, rough = project(values), project_rounded(rounded)
+        agreed = torch.ones(len(values), dtype=torch.bool)
+        codes = theirs[first : first + len(levels)], ours[first : first + len(levels)]
+        first += len(levels)
+        for level, level_rounded, one, other in zip(levels, levels_rounded, *codes, strict=False):
+            seen, vectors = level.compared(residual), level.vectors()
+            if (one != other).any():
+                theirs_rounded = level_rounded.compared(rough), level_rounded.vectors()
+                bound = near_ties.rounding(seen, vectors, *theirs_rounded, level.distances)
+                distances = [(seen - vectors[each]).square().sum(1) for each in (one, other)]
+                if (agreed & ((distances[0] - distances[1]).abs() > bound)).any():
                     return False
-                agreed &= one == other
-                residual = residual - level.lookup(one)
-            first += len(levels)
+            agreed &= one == other
+            residual, rough = residual - level.lookup(one), rough - level_rounded.lookup(one)
     return True
+
+
+@torch.no_grad()
+def quantised(model, values: torch.Tensor) -> np.ndarray:
+    """transformers' codes [codebooks, frames] of latents [frames, dim]."""
+    values = values.T[None]
+    if model.config.model_type == "dac":
+        return model.quantizer(values)[1][0].numpy()
+    if model.config.model_type == "mimi":
+        return model.quantizer.encode(values)[:, 0].numpy()
+    return model.quantizer.encode(values, bandwidth=model.config.target_bandwidths[-1])[:, 0].numpy()

@@ -80,7 +80,7 @@ def channels_third(pixels: np.ndarray) -> torch.Tensor:
 
 def their_latents(model, pixels: np.ndarray) -> np.ndarray:
     """What is compared with the codebook, [batch, frames, rows, columns, channels]."""
-    video = channels_third(pixels)
+    video = channels_third(pixels).to(model.dtype)
     if video.ndim == 4:
         video = video[:, None].repeat(1, model.config.temporal_downsample_factor, 1, 1, 1)
     return model.quant_conv(model.encoder(video).movedim(1, 2)).movedim(1, -1).numpy()

@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import soundfile
+from loopback_storage import BUCKET, Faults, bucket_of_this_process
 from PIL import Image as PillowImage
 
 from omni import media
@@ -477,23 +478,18 @@ def test_parts_are_frozen_and_equal_by_identity():
     assert [part.modality for part in (Text, Image, Audio)] == ["text", "image", "audio"]
 
 
-def test_paths_behind_a_store(tmp_path, monkeypatch):
-    """Addresses with a scheme are read and written through etils.epath, and its failures are told in one line."""
-    from etils import epath
-
-    monkeypatch.setattr(epath, "Path", lambda address: tmp_path / address.removeprefix("gs://"))
-    (tmp_path / "bucket").mkdir()
-    for part, name in ((Image(noise_picture()), "a.png"), (Audio(tone(), 16000), "a.wav"), (Text("seven"), "a.txt")):
-        part.save(f"gs://bucket/{name}")
-        assert repr(read_part(f"gs://bucket/{name}")) == repr(part)
-    assert "missing" in refusal(read_part, "gs://bucket/missing.png", kind=UsageError)
-
-    class Broken:
-        def exists(self):
-            raise RuntimeError("no credentials\nsee the manual")
-
-        write_bytes = exists
-
-    monkeypatch.setattr(epath, "Path", lambda address: Broken())
-    assert "no credentials see the manual" in refusal(read_part, "gs://bucket/a.png")
-    refusal(Text("seven").save, "gs://bucket/a.txt")
+def test_paths_behind_a_store(tmp_path):
+    """Parts are written to a bucket and read from there, and its failures are told in one line."""
+    faults = Faults()
+    with bucket_of_this_process(faults):
+        for part, name in (
+            (Image(noise_picture()), "a.png"),
+            (Audio(tone(), 16000), "a.wav"),
+            (Text("seven"), "a.txt"),
+        ):
+            part.save(f"gs://{BUCKET}/{name}")
+            assert repr(read_part(f"gs://{BUCKET}/{name}")) == repr(part)
+        assert "missing" in refusal(read_part, f"gs://{BUCKET}/missing.png", kind=UsageError)
+        faults.chance = 1.0
+        assert "a fault of the test" in refusal(read_part, f"gs://{BUCKET}/a.png")
+        refusal(Text("seven").save, f"gs://{BUCKET}/a.txt")

@@ -217,6 +217,7 @@ def test_missing_packages_name_the_extra(monkeypatch, tmp_path):
                 digits_data.prepare(tmp_path / package, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modality", ["image", "audio"])
 def test_tokenizer_experiments_train_from_the_command_line(directory, tmp_path, modality):
     """`omni tokenizer train EXPERIMENT` with overrides trains, writes a log and leaves a tokenizer that opens."""

@@ -151,6 +151,7 @@ def test_a_run_that_is_not_there_is_one_line(monkeypatch, tmp_path, capsys):
     assert exit.value.code == 1 and line.startswith("omni: ") and line.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_experiment_trains_from_the_command_line(tmp_path):
     """`omni tokenizer train experiments/tokenizers/photos.py` with overrides leaves a tokenizer that opens."""
     output = tmp_path / "run"

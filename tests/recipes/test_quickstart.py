@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from killing import MOMENTS, finish, found, kill_at, start
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised_processes")]  # judges take long without
 
 TINY = [
     *("--image-training.steps", "8", "--image-training.batch-size", "16", "--image.channels", "16"),
@@ -43,7 +43,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, wheel) -> Path:
+def undisturbed(tmp_path_factory, wheel, optimised_processes) -> Path:
     """A finished tiny run of the wheel."""
     output = tmp_path_factory.mktemp("undisturbed") / "run"
     printed = finish(start(output, TINY, wheel), output)

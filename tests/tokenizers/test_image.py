@@ -85,12 +85,23 @@ def test_codes_do_not_depend_on_the_batch(tokenizer):
         np.testing.assert_array_equal(tokenizer.encode(images[few]), whole[few])
 
 
+def test_a_picture_of_any_size_keeps_it(tokenizer):
+    """It is padded by its edge to whole codes, and decoding cuts that off; nothing is kept where nothing was padded."""
+    images = GENERATOR.integers(0, 256, (2, 13, 21, 3), np.uint8)
+    codes = tokenizer.encode(images)
+    padded = tokenizer.encode(np.pad(images, ((0, 0), (0, 3), (0, 3), (0, 0)), mode="edge"))
+    np.testing.assert_array_equal(codes.sizes, [[13, 21]] * 2)
+    np.testing.assert_array_equal(codes.ids, padded.ids)
+    assert codes.ids.shape == (2, 2, 3) and padded.sizes is None
+    np.testing.assert_array_equal(tokenizer.decode(codes), tokenizer.decode(padded)[:, :13, :21])
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
         (np.zeros((1, 16, 16, 3), np.float32), "uint8"),
         (np.zeros((16, 16, 3), np.uint8), "must be"),
-        (np.zeros((1, 16, 32, 3), np.uint8), r"got \[1, 16, 32, 3\]"),
+        (np.zeros((1, 0, 32, 3), np.uint8), r"not empty, got \[1, 0, 32, 3\]"),
         (np.zeros((1, 16, 16, 4), np.uint8), "must be"),
         ("picture.png", "uint8"),
     ],
@@ -106,7 +117,7 @@ def test_wrong_pictures_are_refused(tokenizer, images, message):
     [
         (np.full((1, 2, 2), 32), "code 32 is outside"),
         (np.full((1, 2, 2), -1), "outside"),
-        (np.zeros((1, 2, 3), int), "must be"),
+        (np.zeros((1, 2, 0), int), "must not be empty"),
         (np.zeros((2, 2), int), "axes"),
         (np.zeros((1, 2, 2)), "integers"),
     ],

@@ -1,6 +1,7 @@
 """Checkpoints: only committed ones count, a failed write spoils none, and any mesh can read them."""
 
 import dataclasses
+import logging
 import os
 import resource
 import shutil
@@ -13,13 +14,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from test_loop import crash, stop_at, without_times
 from training_cases import regression
 
 from omni.sharding import MeshConfig, ShardingRules, make_mesh, sharding_tree
 from omni.train.checkpoints import Checkpoints, restore_params
 from omni.train.loop import train
+from omni.train.manifests import verify
+from omni.train.metrics import read_metrics
 from omni.train.step import make_state
-from omni_tokenizers.errors import OmniError
+from omni_tokenizers.errors import OmniError, UsageError
 
 SCRIPT = Path(__file__).parent / "training_cases.py"
 
@@ -97,6 +101,103 @@ def test_uncommitted_steps_are_never_chosen(saved):
     again.save(at_step(state, 3), {"next_index": 3})
     again.wait()
     assert int(again.restore(shapes)[0].step) == 3
+
+
+def flip(path: Path, random) -> None:
+    """One bit of one byte of a file changes."""
+    content = bytearray(path.read_bytes())
+    content[random.integers(len(content))] ^= 1 << random.integers(8)
+    path.write_bytes(content)
+
+
+def test_any_flipped_byte_is_found_and_named(saved):
+    """A bit of any one file of a committed checkpoint, the manifest too, is enough; undamaged nothing is found."""
+    directory, checkpoints, _, _ = saved
+    checkpoints.wait()
+    step, random = directory / "checkpoints" / "2", np.random.default_rng(0)
+    files = [path for path in step.rglob("*") if path.is_file()]
+    assert len(files) > 8 and verify(step) == []
+    for path in files * 3:
+        content = path.read_bytes()
+        flip(path, random)
+        assert verify(step) == [f"{path.relative_to(step)} is damaged"]
+        path.write_bytes(content)
+    for path in files:
+        content = path.read_bytes()
+        path.unlink()
+        if path.name != "manifest.sha256":
+            assert verify(step) == [f"{path.relative_to(step)} is missing"]
+        path.write_bytes(content)
+    (step / "state" / "more").write_text("")
+    assert verify(step) == ["state/more is not in the manifest"]
+
+
+def test_shares_of_a_manifest_find_what_the_whole_does(saved):
+    """Three processes that read a third each find a damaged file between them."""
+    step = saved[0] / "checkpoints" / "2"
+    flip(step / "data" / "metadata", np.random.default_rng(0))
+    found = [verify(step, (process, 3)) for process in range(3)]
+    assert sorted(found) == [[], [], ["data/metadata is damaged"]]
+
+
+def test_a_damaged_step_is_passed_over(saved, caplog):
+    """A run goes on from the step before, says so once, by name, and later writes the damaged step anew."""
+    directory, checkpoints, state, shapes = saved
+    with checkpoints:
+        pass
+    flip(next((directory / "checkpoints" / "2" / "state").glob("ocdbt*/d/*")), np.random.default_rng(0))
+    with Checkpoints(directory, 2, {"vocabulary": {"size": 128}}) as again:
+        with caplog.at_level(logging.INFO, "omni"):
+            assert again.newest_whole() == again.newest_whole() == 1
+        (message,) = [record.getMessage() for record in caplog.records]
+        assert "checkpoints/2 is damaged: state/ocdbt" in message
+        assert (directory / "damaged" / "2").is_dir() and restore_params(directory)
+        restored, data = again.restore(shapes, 1)
+        assert int(restored.step) == 1 and data == {"next_index": 1}
+        again.save(at_step(state, 2), {"next_index": 2})
+        again.wait()
+        assert again.newest_whole() == 2
+    flip(directory / "checkpoints" / "1" / "data" / "metadata", np.random.default_rng(0))
+    flip(directory / "checkpoints" / "2" / "data" / "metadata", np.random.default_rng(0))
+    with Checkpoints(directory, 2, {}) as again, pytest.raises(OmniError, match="every checkpoint is damaged"):
+        again.newest_whole()
+
+
+def test_a_run_goes_on_from_before_the_damage(tmp_path, monkeypatch):
+    """With a damaged newest checkpoint, a run still ends with the bits of an undisturbed one."""
+    config = regression(tmp_path / "run", log_every=1)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
+        stop_at(patch, 10, crash)
+        train(config)
+    flip(next((tmp_path / "run" / "checkpoints" / "8" / "state").glob("d/*")), np.random.default_rng(0))
+    whole = regression(tmp_path / "whole", log_every=1)
+    for a, b in zip(*(jax.tree.leaves(train(each)) for each in (config, whole)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert without_times(read_metrics(config.output)) == without_times(read_metrics(whole.output))
+
+
+def test_a_step_without_manifest_is_taken(saved, caplog):
+    """Checkpoints of earlier versions have none; that is said."""
+    directory, checkpoints, _, _ = saved
+    (directory / "checkpoints" / "2" / "manifest.sha256").unlink()
+    with caplog.at_level(logging.INFO, "omni"):
+        assert checkpoints.newest_whole() == 2
+    assert "has no manifest and is taken unverified" in caplog.text
+
+
+def test_the_best_stays(tmp_path):
+    """Of checkpoints at steps 1 to 5, the newest and that with the lowest metric stay, over a restart too."""
+    state, _ = state_and_shapes(regression(tmp_path))
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 4.0, 5: 5.0}
+    for steps in ((1, 2, 3), (4, 5)):
+        with Checkpoints(tmp_path, 1, {}, best="held_out/loss") as checkpoints:
+            for step in steps:
+                checkpoints.save(at_step(state, step), {}, {"loss": 0.0, "held_out/loss": losses[step]})
+                checkpoints.wait()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")) == ["2", "5"]
+    other = Checkpoints(tmp_path, 1, {}, best="held_out/los")
+    with other, pytest.raises(UsageError, match=r"'held_out/los'.*nearest.*'held_out/loss'"):
+        other.save(at_step(state, 6), {}, {"loss": 0.0, "held_out/loss": 0.0})
 
 
 def test_another_vocabulary_is_refused(saved):

@@ -12,9 +12,10 @@ from training_cases import language
 
 from omni.bundle import Model
 from omni.data.shards import write_shards
+from omni.experiment import override
 from omni.train.loop import train
 from omni.train.metrics import read_metrics
-from omni_tokenizers.errors import UsageError
+from omni_tokenizers.errors import OmniError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +86,30 @@ def test_configuration_that_does_not_fit(config):
         wrong.dataset(0)
     with pytest.raises(UsageError, match=r"'imge'.*'image'"):
         dataclasses.replace(task, loss_weights={"imge": 2.0}).dataset(0)
+
+
+def test_a_mixture_is_of_one_model(config, tmp_path):
+    """Sets with their shares; those of another vocabulary or of other tokenizers are refused, before any step."""
+    grammar, other = make_grammar(), make_grammar(text=21)
+    for name, one, hashes in [("more", grammar, {}), ("text", other, {}), ("codes", grammar, {"image": "abc"})]:
+        provenance = {"tokenizers": hashes} if hashes else {}
+        write_shards(tmp_path / name, make_documents(one, 10, 7), one.vocabulary, one, provenance)
+
+    def mixed(name):
+        return dataclasses.replace(config.task, data={config.task.data: 0.7, str(tmp_path / name): 0.3})
+
+    lengths = [int((mixed("more").dataset(0)[i]["segments"] > 0).sum()) for i in range(20)]
+    assert min(lengths) > 0 and len(mixed("more").mixture) == 2
+    with pytest.raises(OmniError, match="another vocabulary"):
+        mixed("text").dataset(0)
+    with pytest.raises(UsageError, match=r"different tokenizers.*abc"):
+        mixed("codes").dataset(0)
+    with pytest.raises(UsageError, match="names no shard directory"):
+        dataclasses.replace(config.task, data={}).dataset(0)
+
+
+def test_a_mixture_on_the_command_line(config):
+    """One directory as ever; several with their shares."""
+    assert override(config, ["--task.data", "elsewhere"], "omni train").task.data == "elsewhere"
+    changed = override(config, ["--task.data", "a", "0.5", "b", "0.5"], "omni train")
+    assert changed.task.data == {"a": 0.5, "b": 0.5}

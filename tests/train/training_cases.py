@@ -9,6 +9,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from documents import make_documents, make_grammar
 
 from omni.data.shards import write_shards
+from omni.exits import exits
 from omni.model.config import TransformerConfig
 from omni.train.language import TransformerTask
 from omni.train.loop import TrainConfig, train
@@ -43,16 +45,17 @@ class Net(nnx.Module):
 
 
 class Points:
-    """Endless random points."""
+    """Endless random points; `bad` says by number which of them have another value."""
 
-    def __init__(self, seed: int):
-        self.seed = seed
+    def __init__(self, seed: int, bad: dict[int, float] | None = None):
+        self.seed, self.bad = seed, bad or {}
 
     def __len__(self):
         return 1 << 62
 
     def __getitem__(self, index: int):
         x = np.random.default_rng([self.seed, int(index)]).normal(size=4).astype(np.float32)
+        x = np.full_like(x, self.bad.get(int(index), x))
         return {"x": x, "weight": np.float32(1 + index % 3)}
 
 
@@ -64,6 +67,8 @@ class Regression(Task):
     noise: float = 0.01
     explode: str = ""
     """"loss" makes that no number, "gradient" only what is derived from it."""
+    bad: dict[int, float] = field(default_factory=dict)
+    """Points by number that have another value."""
 
     def build(self, rngs):
         return Net(self.width, rngs)
@@ -79,7 +84,7 @@ class Regression(Task):
         return total, weight.sum(), {"largest": (error.max(), jnp.ones(()))}
 
     def dataset(self, seed):
-        return grain.MapDataset.source(Points(seed))
+        return grain.MapDataset.source(Points(seed, self.bad))
 
     def validation(self):
         points = Points(99)
@@ -115,20 +120,20 @@ class Duel(Regression):
         return jnp.sum(hinge * shown["weight"]), shown["weight"].sum(), {"told": ((real - fake).sum(), jnp.float32(8))}
 
 
-def regression(output, *, width=16, explode="", ema_decay=0.9, accumulation=1, **settings) -> TrainConfig:
+def regression(output, *, width=16, explode="", bad=None, ema_decay=0.9, accumulation=1, **settings) -> TrainConfig:
     """A run of `Regression`."""
     settings = {"steps": 12, "batch_size": 8, "log_every": 2, "checkpoint_every": 4} | settings
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=3, ema_decay=ema_decay, accumulation=accumulation)
-    return TrainConfig(str(output), Regression(width, explode=explode), optimizer=optimizer, **settings)
+    return TrainConfig(str(output), Regression(width, explode=explode, bad=bad or {}), optimizer=optimizer, **settings)
 
 
-def language(output, *, accumulation=1, documents=200, dim=32, dropout=0.0, **settings) -> TrainConfig:
+def language(output, *, accumulation=1, documents=200, dim=32, depth=2, dropout=0.0, **settings) -> TrainConfig:
     """A run of a small transformer on shards beside the output, written on first use."""
     grammar = make_grammar()
-    shards = Path(output).parent / f"shards-{documents}"
+    shards = epath.Path(output).parent / f"shards-{documents}"
     if not shards.exists():
         write_shards(shards, make_documents(grammar, documents), grammar.vocabulary, grammar, {"made by": "a test"})
-    shape = {"depth": 2, "dim": dim, "heads": 4, "key_value_heads": 2, "head_dim": 8, "mlp_dim": 2 * dim}
+    shape = {"depth": depth, "dim": dim, "heads": 4, "key_value_heads": 2, "head_dim": 8, "mlp_dim": 2 * dim}
     model = TransformerConfig(vocabulary_size=grammar.vocabulary.size, dropout=dropout, **shape)
     task = TransformerTask(str(shards), model, row_length=48, loss_weights={"image": 0.5}, context_weight=0.1)
     settings = {"steps": 20, "batch_size": 8, "log_every": 1, "checkpoint_every": 10} | settings
@@ -139,4 +144,5 @@ def language(output, *, accumulation=1, documents=200, dim=32, dropout=0.0, **se
 if __name__ == "__main__":
     kind, output, *settings = sys.argv[1:]
     settings = {key: ast.literal_eval(value) for key, value in (setting.split("=") for setting in settings)}
-    train({"regression": regression, "language": language}[kind](output, **settings))
+    with exits():
+        train({"regression": regression, "language": language}[kind](output, **settings))

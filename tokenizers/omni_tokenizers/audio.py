@@ -15,6 +15,7 @@ from jaxtyping import Array, Complex, Float, Int
 from omni_tokenizers.carried import Overlap, Past
 from omni_tokenizers.codes import Codes, as_codes
 from omni_tokenizers.errors import OmniError, UsageError
+from omni_tokenizers.layers import Linear
 from omni_tokenizers.losses.audio import AudioLosses
 from omni_tokenizers.quantizers import (
     LevelledQuantizerConfig,
@@ -117,8 +118,8 @@ class FrameBlock(nnx.Module):
     def __init__(self, dim: int, *, causal: bool, rngs: nnx.Rngs):
         self.past = Past(2, dim) if causal else nnx.data(None)
         self.norm = nnx.RMSNorm(dim, rngs=rngs)
-        self.convolution = nnx.Linear(3 * dim, dim, rngs=rngs)
-        self.projection = nnx.Linear(dim, dim, rngs=rngs)
+        self.convolution = Linear(3 * dim, dim, rngs=rngs)
+        self.projection = Linear(dim, dim, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "batch frames dim"], mask: Float[Array, "batch frames 1"]
@@ -142,14 +143,14 @@ class SpectralCodec(nnx.Module):
         self.config = config
         dim, grouped, causal = config.dim, config.dim * config.downsample, bool(config.causal)
         self.past, self.overlap = Past(config.delay), Overlap(config.delay)
-        self.enter = nnx.Linear(config.mels, dim, rngs=rngs)
+        self.enter = Linear(config.mels, dim, rngs=rngs)
         self.encoder = nnx.List([FrameBlock(dim, causal=causal, rngs=rngs) for _ in range(config.encoder_blocks)])
-        self.down = nnx.Linear(grouped, config.chosen_quantizer.dim, rngs=rngs)
+        self.down = Linear(grouped, config.chosen_quantizer.dim, rngs=rngs)
         self.quantizer = make_quantizer(config.chosen_quantizer, rngs=rngs)
-        self.up = nnx.Linear(config.chosen_quantizer.dim, grouped, rngs=rngs)
+        self.up = Linear(config.chosen_quantizer.dim, grouped, rngs=rngs)
         self.decoder = nnx.List([FrameBlock(dim, causal=causal, rngs=rngs) for _ in range(config.decoder_blocks)])
         self.norm = nnx.RMSNorm(dim, rngs=rngs)
-        self.head = nnx.Linear(dim, 3 * (config.window // 2 + 1), rngs=rngs)
+        self.head = Linear(dim, 3 * (config.window // 2 + 1), rngs=rngs)
 
     def latents(
         self, audio: Float[Array, "batch samples"], mask: Float[Array, "batch frames"]

@@ -100,6 +100,16 @@ class NetTokenizer(Tokenizer):
         self.config = config
         self.graphdef, self.state = nnx.split(nnx.clone(net))
         self.hash = fingerprint(config_to_dict(config), weights.flatten(self.state))
+        self._rows: jax.sharding.NamedSharding | None = None
+
+    def spread(self, rows: jax.sharding.NamedSharding) -> None:
+        """Puts the weights on every device of a mesh, and from now on splits what is encoded and decoded along rows.
+
+        Args:
+            rows: the sharding of an array [batch, ...] over the devices, which are all of this process.
+        """
+        self._rows = rows
+        self.state = jax.device_put(self.state, jax.sharding.NamedSharding(rows.mesh, jax.sharding.PartitionSpec()))
 
     @property
     def net(self) -> nnx.Module:
@@ -121,14 +131,18 @@ class NetTokenizer(Tokenizer):
         A row must not depend on the other rows. The result is an array or a tuple of arrays, as the function gives it.
 
         Args:
-            rows: the largest chunk, a power of two.
+            rows: the largest chunk of a device, a power of two.
         """
         results = []
+        devices = 1 if self._rows is None else self._rows.num_devices
+        rows *= devices
         for start in range(0, max(len(arrays[0]), 1), rows):
             chunks = [array[start : start + rows] for array in arrays]
             count = len(chunks[0])
-            padding = (1 << max(count - 1, 0).bit_length()) - count
+            padding = devices * (1 << max(-(-count // devices) - 1, 0).bit_length()) - count
             padded = [np.pad(chunk, ((0, padding),) + ((0, 0),) * (chunk.ndim - 1)) for chunk in chunks]
+            if self._rows is not None:
+                padded = jax.device_put(padded, self._rows)
             results.append(jax.tree.map(lambda x, count=count: np.asarray(x)[:count], function(self.state, *padded)))
         return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
 

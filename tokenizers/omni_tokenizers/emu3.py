@@ -21,11 +21,12 @@ from jaxtyping import Array, Float, Int, UInt8
 from omni_tokenizers.carried import Past
 from omni_tokenizers.codebooks import Codebook
 from omni_tokenizers.errors import UsageError
+from omni_tokenizers.grid import PIXELS, GridTokenizer
 from omni_tokenizers.image import as_pixels, normalized
 from omni_tokenizers.layers import Conv2d, Conv3d
 from omni_tokenizers.streaming import Stream
 from omni_tokenizers.video_streaming import VideoStreams
-from omni_tokenizers.vqgan import PIXELS, Decoder, Encoder, GridTokenizer, GroupNorm, PyramidConfig, repeated
+from omni_tokenizers.vqgan import Decoder, Encoder, GroupNorm, PyramidConfig, repeated
 
 _EPSILON = 1e-5
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from omni_tokenizers.base import NetTokenizer
-from omni_tokenizers.codes import Codes, as_codes
-from omni_tokenizers.errors import OmniError, UsageError
+from omni_tokenizers.errors import UsageError
+from omni_tokenizers.grid import GridTokenizer
+from omni_tokenizers.layers import Linear
 from omni_tokenizers.losses.image import ImageLosses
 from omni_tokenizers.quantizers import (
     Quantized,
@@ -34,10 +32,10 @@ _DEEPEST = 64
 
 @dataclasses.dataclass(frozen=True)
 class ImageTokenizerConfig:
-    """A square-image tokenizer; the default turns 32 x 32 pixels into 4 x 4 codes."""
+    """The default turns 32 x 32 pixels into 4 x 4 codes."""
 
     image_size: int = 32
-    """Height and width in pixels."""
+    """Height and width in pixels that the net is meant for; it takes any."""
     patch_size: int = 4
     """Pixels along each side of the patches that the stem reads."""
     channels: int = 64
@@ -81,6 +79,11 @@ class ImageTokenizerConfig:
         return self.patch_size * 2 ** (len(self.multipliers) - 1)
 
     @property
+    def strides(self) -> tuple[int, int]:
+        """Pixels that one code stands for, downwards and across."""
+        return (self.downsampling, self.downsampling)
+
+    @property
     def losses(self) -> ImageLosses:
         """What a training has where it names no others."""
         return ImageLosses(absolute=self.absolute_weight)
@@ -99,7 +102,7 @@ class ResidualBlock(nnx.Module):
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.norm = nnx.RMSNorm(channels, rngs=rngs)
         self.mix = Convolution(channels, channels, rngs=rngs)
-        self.out = nnx.Linear(channels, channels, rngs=rngs, kernel_init=nnx.initializers.zeros)
+        self.out = Linear(channels, channels, rngs=rngs, kernel_init=nnx.initializers.zeros)
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
         return x + self.out(nnx.silu(self.mix(nnx.silu(self.norm(x)))))
@@ -109,7 +112,7 @@ class Convolution(nnx.Module):
     """3 x 3 convolution with zero padding, as one matrix product over nine shifted copies (on a CPU twice as fast)."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        self.linear = nnx.Linear(9 * inputs, outputs, rngs=rngs)
+        self.linear = Linear(9 * inputs, outputs, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch height width inputs"]) -> Float[Array, "batch height width outputs"]:
         height, width = x.shape[1:3]
@@ -133,16 +136,20 @@ class ImageVQ(nnx.Module):
             return nnx.List([ResidualBlock(width, rngs=rngs) for _ in range(config.residual_blocks)])
 
         pairs = list(itertools.pairwise(widths))
-        self.stem = nnx.Linear(pixels, widths[0], rngs=rngs)
+        self.stem = Linear(pixels, widths[0], rngs=rngs)
         self.encoder = nnx.List([blocks(width) for width in widths])
-        self.down = nnx.List([nnx.Linear(4 * inner, outer, rngs=rngs) for inner, outer in pairs])
-        self.to_code = nnx.Linear(widths[-1], config.chosen_quantizer.dim, rngs=rngs)
+        self.down = nnx.List([Linear(4 * inner, outer, rngs=rngs) for inner, outer in pairs])
+        self.to_code = Linear(widths[-1], config.chosen_quantizer.dim, rngs=rngs)
         self.quantizer = make_quantizer(config.chosen_quantizer, rngs=rngs)
         self.from_code = Convolution(config.chosen_quantizer.dim, widths[-1], rngs=rngs)
         self.decoder = nnx.List([blocks(width) for width in widths])
-        self.up = nnx.List([nnx.Linear(outer, 4 * inner, rngs=rngs) for inner, outer in pairs])
+        self.up = nnx.List([Linear(outer, 4 * inner, rngs=rngs) for inner, outer in pairs])
         self.norm = nnx.RMSNorm(widths[0], rngs=rngs)
-        self.head = nnx.Linear(widths[0], pixels, rngs=rngs)
+        self.head = Linear(widths[0], pixels, rngs=rngs)
+
+    def code_vectors(self) -> Float[Array, "codes code_dim"]:
+        """The vectors of the codes."""
+        return self.quantizer.codebook()
 
     def latents(self, image: Float[Array, "batch height width 3"]) -> Float[Array, "batch rows columns dim"]:
         """Continuous latents of images within [-1, 1]."""
@@ -179,54 +186,16 @@ class ImageVQ(nnx.Module):
         return self.reconstruct(quantized.quantized), quantized
 
 
-class ImageTokenizer(NetTokenizer):
-    """Images uint8 [batch, H, W, 3] to codes int32 [batch, rows, columns] and back."""
+class ImageTokenizer(GridTokenizer):
+    """Images uint8 [batch, height, width, 3] to codes int32 [batch, rows, columns] and back."""
 
     type = "image_vq"
-    modality = "image"
     config_class = ImageTokenizerConfig
     net_class = ImageVQ
-    takes_any_size = False
-    """Whether pictures may have another size than `image_size`."""
 
     def __init__(self, config: ImageTokenizerConfig, net: ImageVQ):
         super().__init__(config, net)
-        side = config.image_size // config.downsampling
-        self.image_size = config.image_size
-        self.grid = (side, side)
         self.codebook_sizes = (config.chosen_quantizer.codebook_size,)
-        self._encode = jax.jit(lambda state, image: nnx.merge(self.graphdef, state).encode(image))
-        self._decode = jax.jit(lambda state, codes: nnx.merge(self.graphdef, state).decode(codes))
-
-    @property
-    def code_vectors(self) -> tuple[Float[np.ndarray, "codes code_dim"]]:
-        """The vectors of the codes, float32."""
-        return (np.asarray(self.net.quantizer.codebook()),)
-
-    def encode(self, x: UInt8[np.ndarray, "batch height width 3"]) -> Codes:
-        """Codes [batch, rows, columns].
-
-        Raises:
-            OmniError: not uint8, or not [batch, image_size, image_size, 3].
-        """
-        x = np.asarray(x)
-        wanted = (self.image_size, self.image_size, 3)
-        if x.dtype != np.uint8:
-            raise OmniError(f"images must be uint8 (0 to 255), got {x.dtype}; convert them first")
-        if x.ndim != 4 or x.shape[1:] != wanted:
-            raise OmniError(f"images must be [batch, {', '.join(map(str, wanted))}], got {list(x.shape)}; resize them")
-        return Codes(self._in_chunks(self._encode, x))
-
-    def decode(self, codes: Codes | Int[np.ndarray, "batch rows columns"]) -> UInt8[np.ndarray, "batch height width 3"]:
-        """Images of codes.
-
-        Raises:
-            OmniError: codes of another shape or type, or out of range.
-        """
-        ids = as_codes(codes, axes=("batch", "rows", "columns"), size=self.codebook_sizes[0]).ids
-        if ids.shape[1:] != self.grid:
-            raise OmniError(f"codes must be [batch, {self.grid[0]}, {self.grid[1]}], got {list(ids.shape)}")
-        return self._in_chunks(self._decode, ids)
 
 
 def normalized(image: Array) -> Float[Array, "batch height width 3"]:

@@ -1,10 +1,12 @@
-"""Convolutions over channels-last arrays, which pad nothing: how an edge is padded is each codec's own affair.
+"""Maps and convolutions over channels-last arrays, which pad nothing: how an edge is padded is each codec's own affair.
 
-Kernels are [width, inputs, outputs] (1-D), [height, width, inputs, outputs] (2-D) and [time, height, width, inputs,
-outputs] (3-D). Training on several devices may split them by outputs (axis "embed").
+Kernels are [inputs, outputs], [width, inputs, outputs] (1-D), [height, width, inputs, outputs] (2-D) and [time, height,
+width, inputs, outputs] (3-D). Training on several devices may split them by outputs (axis "embed").
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,9 @@ from jaxtyping import Array, Float
 
 _PRECISION = jax.lax.Precision.HIGHEST
 _initial = nnx.initializers.lecun_normal()
+
+Linear = functools.partial(nnx.Linear, kernel_metadata={"axes": (None, "embed")})
+"""y = x kernel + bias: a layer of `nnx` with an axis by which its kernel may be split."""
 
 
 def elu(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
@@ -123,10 +128,12 @@ def _transposed_by_frame(
     pieces = width // stride
     kernel = kernel.reshape(pieces, stride, inputs, groups, outputs // groups)[::-1].transpose(0, 2, 3, 1, 4)
     y = jax.lax.conv_general_dilated(
-        x,
+        # A padding of the convolution itself, longer than its kernel keeps lengths, makes XLA's gradient of the kernel
+        # a hundred times slower on CPUs.
+        jnp.pad(x, ((0, 0), (pieces - 1, pieces - 1), (0, 0))),
         kernel.reshape(pieces, inputs, stride * outputs),
         window_strides=(1,),
-        padding=[(pieces - 1, pieces - 1)],
+        padding=[(0, 0)],
         dimension_numbers=("NHC", "HIO", "NHC"),
         feature_group_count=groups,
         precision=_PRECISION,

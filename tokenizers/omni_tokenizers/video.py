@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from omni_tokenizers.carried import Past
 from omni_tokenizers.errors import UsageError
 from omni_tokenizers.image import Convolution, ResidualBlock, as_pixels, depth_to_space, normalized, space_to_depth
+from omni_tokenizers.layers import Linear
 from omni_tokenizers.losses.image import ImageLosses
 from omni_tokenizers.quantizers import Quantized, SingleQuantizerConfig, VectorQuantizerConfig, make_quantizer
 from omni_tokenizers.video_streaming import SteppedVideoTokenizer
@@ -93,8 +94,8 @@ class TemporalBlock(nnx.Module):
     def __init__(self, channels: int, side: int, *, rngs: nnx.Rngs):
         self.past = Past(2, side, side, channels)
         self.norm = nnx.RMSNorm(channels, rngs=rngs)
-        self.mix = nnx.Linear(3 * channels, channels, rngs=rngs)
-        self.out = nnx.Linear(channels, channels, rngs=rngs, kernel_init=nnx.initializers.zeros)
+        self.mix = Linear(3 * channels, channels, rngs=rngs)
+        self.out = Linear(channels, channels, rngs=rngs, kernel_init=nnx.initializers.zeros)
 
     def __call__(
         self, x: Float[Array, "batch frames rows columns channels"], lengths: Int[Array, " batch"]
@@ -135,16 +136,16 @@ class VideoAutoencoder(nnx.Module):
             return nnx.List([nnx.List(blocks) for blocks in each])
 
         shapes, pairs = list(zip(widths, sides, strict=True)), list(itertools.pairwise(widths))
-        self.stem = nnx.Linear(pixels, widths[0], rngs=rngs)
+        self.stem = Linear(pixels, widths[0], rngs=rngs)
         self.encoder = stages()
-        self.down = nnx.List([nnx.Linear(4 * inner, outer, rngs=rngs) for inner, outer in pairs])
-        self.to_code = nnx.Linear(widths[-1], config.quantizer.dim, rngs=rngs)
+        self.down = nnx.List([Linear(4 * inner, outer, rngs=rngs) for inner, outer in pairs])
+        self.to_code = Linear(widths[-1], config.quantizer.dim, rngs=rngs)
         self.quantizer = make_quantizer(config.quantizer, rngs=rngs)
         self.from_code = Convolution(config.quantizer.dim, widths[-1], rngs=rngs)
         self.decoder = stages()
-        self.up = nnx.List([nnx.Linear(outer, 4 * inner, rngs=rngs) for inner, outer in pairs])
+        self.up = nnx.List([Linear(outer, 4 * inner, rngs=rngs) for inner, outer in pairs])
         self.norm = nnx.RMSNorm(widths[0], rngs=rngs)
-        self.head = nnx.Linear(widths[0], pixels, rngs=rngs)
+        self.head = Linear(widths[0], pixels, rngs=rngs)
 
     def latents(
         self, video: Float[Array, "batch time height width 3"], frames: Int[Array, " batch"]

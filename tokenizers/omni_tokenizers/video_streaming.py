@@ -12,8 +12,8 @@ from jaxtyping import Int, UInt8
 
 from omni_tokenizers.codes import Codes, as_codes
 from omni_tokenizers.errors import OmniError
+from omni_tokenizers.grid import PIXELS, cropped
 from omni_tokenizers.streaming import Stream, StreamDecoder, StreamEncoder, StreamingTokenizer, check_stream
-from omni_tokenizers.vqgan import PIXELS, cropped
 
 _AXES = ("batch", "frames", "rows", "columns")
 

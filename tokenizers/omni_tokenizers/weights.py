@@ -13,6 +13,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 from flax import nnx
+from jaxtyping import Array
 
 from omni_tokenizers.errors import OmniError
 
@@ -43,8 +44,15 @@ def shapes(state: nnx.State) -> dict[str, tuple[int, ...]]:
     return {_name(path): tuple(variable.get_value().shape) for path, variable in nnx.to_flat_state(state)}
 
 
-def unflatten(state: nnx.State, tensors: Mapping[str, np.ndarray], source: str = "the weights") -> nnx.State:
+def unflatten(
+    state: nnx.State,
+    tensors: Mapping[str, np.ndarray],
+    source: str = "the weights",
+    place: Callable[[np.ndarray, nnx.Variable], Array] = lambda value, _: jnp.asarray(value),
+) -> nnx.State:
     """A state like `state` (arrays or shapes) that holds `tensors`, each cast to the dtype of its place.
+
+    `place` puts a variable's value onto the device or the devices where it belongs.
 
     Raises:
         OmniError: a tensor is missing, unknown, of another shape or not finite; the message names it and `source`.
@@ -61,7 +69,7 @@ def unflatten(state: nnx.State, tensors: Mapping[str, np.ndarray], source: str =
             raise OmniError(f"{source}: tensor {name!r} has the shape {list(value.shape)}, not {list(wanted.shape)}")
         if not np.isfinite(value.astype(np.float32)).all():
             raise OmniError(f"{source}: tensor {name!r} holds values that are not finite; the file is damaged")
-        filled.append((path, variable.replace(jnp.asarray(value, wanted.dtype))))
+        filled.append((path, variable.replace(place(value.astype(wanted.dtype, copy=False), variable))))
     return nnx.from_flat_state(filled)
 
 

@@ -1,4 +1,4 @@
-"""One device, eight devices and two processes of four are the same run, within float32's rounding."""
+"""One device, eight devices and four processes of two are the same run, within float32's rounding."""
 
 import os
 import shutil
@@ -16,6 +16,7 @@ from omni.train.metrics import read_metrics
 
 WORKER = Path(__file__).parent / "mesh_worker.py"
 MESH = "data=2,fsdp=2,tensor=2"
+STEPS = 50
 
 
 def launch(output, steps: int, mesh: str, devices: int, *others: str) -> subprocess.Popen:
@@ -48,21 +49,26 @@ def finish(*processes: subprocess.Popen) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
-    finish(launch(root / "one", 20, "data=1", 1))
-    finish(launch(root / "eight", 20, MESH, 8))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    finish(*(launch(root / "two", 20, MESH, 4, coordinator, "2", str(process)) for process in range(2)))
+    finish(launch(root / "one", STEPS, "data=1", 1))
+    finish(launch(root / "eight", STEPS, MESH, 8))
+    together(root / "four", STEPS, processes=4, devices=2)
     return root
 
 
+def together(output, steps: int, processes: int, devices: int) -> None:
+    """A run of several processes, to its end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        others = f"127.0.0.1:{free.getsockname()[1]}", str(processes)
+    finish(*(launch(output, steps, MESH, devices, *others, str(process)) for process in range(processes)))
+
+
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("other", ["eight", "two"])
+@pytest.mark.parametrize("other", ["eight", "four"])
 def test_same_losses_and_gradients(runs, other):
-    """Losses and gradient norms of 20 steps and the first step's gradient are those of one device within 1e-5."""
+    """Losses and gradient norms of 50 steps and the first step's gradient are those of one device within 1e-5."""
     expected, found = read_metrics(runs / "one"), read_metrics(runs / other)
-    assert [line["step"] for line in found] == list(range(1, 21))
+    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
     for name in ("loss", "loss/image", "loss/audio"):
         np.testing.assert_allclose([line[name] for line in found], [line[name] for line in expected], atol=1e-5)
     assert found[0]["gradient_norm"] == pytest.approx(expected[0]["gradient_norm"], abs=1e-5)
@@ -74,7 +80,7 @@ def test_same_losses_and_gradients(runs, other):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("run", ["eight", "two"])
+@pytest.mark.parametrize("run", ["eight", "four"])
 def test_state_is_spread(runs, run):
     """On fsdp 2 x tensor 2 a device holds at most a quarter of parameters and moments, and a tenth of that more."""
     sizes = np.load(runs / f"{run}.npz")
@@ -83,15 +89,22 @@ def test_state_is_spread(runs, run):
 
 @pytest.mark.multiprocess
 def test_goes_on_elsewhere(runs, tmp_path):
-    """What two processes of four devices saved goes on on one device, as what one device saved does."""
-    for name in ("one", "two"):
-        shutil.copytree(runs / name, tmp_path / name)
-        shutil.copytree(runs / "shards-200", tmp_path / "shards-200", dirs_exist_ok=True)
+    """What four processes of two devices saved goes on in two processes of four devices, and on one device, as what one
+    device saved does."""
+    end = STEPS + 2
+    for name, saved in (("expected", "one"), ("two", "four"), ("alone", "four")):
+        shutil.copytree(runs / saved, tmp_path / name)
         config = tmp_path / name / "config.json"
-        config.write_text(config.read_text().replace(str(runs), str(tmp_path)))
-        finish(launch(tmp_path / name, 22, "data=1", 1))
-    expected, found = read_metrics(tmp_path / "one")[20:], read_metrics(tmp_path / "two")[20:]
-    assert [line["step"] for line in found] == [21, 22]
-    np.testing.assert_allclose([line["loss"] for line in found], [line["loss"] for line in expected], atol=1e-5)
-    model = Model.load(tmp_path / "two")
-    np.testing.assert_array_equal(restore_params(tmp_path / "two")[0]["embedding"], model.transformer.embedding[...])
+        moved = config.read_text().replace(str(runs / saved), str(tmp_path / name))
+        config.write_text(moved.replace(str(runs), str(tmp_path)))
+    shutil.copytree(runs / "shards-200", tmp_path / "shards-200")
+    together(tmp_path / "two", end, processes=2, devices=4)
+    for name in ("expected", "alone"):
+        finish(launch(tmp_path / name, end, "data=1", 1))
+    expected = read_metrics(tmp_path / "expected")[STEPS:]
+    for name in ("two", "alone"):
+        found = read_metrics(tmp_path / name)[STEPS:]
+        assert [line["step"] for line in found] == [STEPS + 1, STEPS + 2]
+        np.testing.assert_allclose([line["loss"] for line in found], [line["loss"] for line in expected], atol=1e-5)
+    model, (restored, *_) = Model.load(tmp_path / "alone"), restore_params(tmp_path / "alone")
+    np.testing.assert_array_equal(restored["embedding"], model.transformer.embedding[...])

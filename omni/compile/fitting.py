@@ -1,0 +1,105 @@
+"""Which settings would bring what is too large within the memory of its devices.
+
+What they free is counted from shapes, without compiling again: what blocks keep for the backward pass, the state, and
+caches. A compiler needs a little more or less, so a remedy has to free a tenth more than is missing.
+"""
+
+from __future__ import annotations
+
+import math
+
+from jax.sharding import Mesh
+
+from omni.compile.estimate import kept_tensors
+from omni.model.config import TENSORS, TransformerConfig
+from omni.model.presets import parameter_count
+from omni.sharding import ShardingRules, spread
+from omni.train.loop import TrainConfig
+
+_MARGIN = 1.1
+_TIMES = (2, 4, 8, 16, 32, 64)
+"""As many microbatches or devices, that are still worth a word."""
+
+
+def training_remedies(config: TrainConfig, mesh: Mesh, missing: float) -> list[str]:
+    """Settings of a transformer's training, each of which frees `missing` bytes of a device, and how much it frees."""
+    model, accumulation, wanted = config.task.model, config.optimizer.accumulation, missing * _MARGIN
+    rows = spread(mesh, ShardingRules().batch)
+    tokens = config.batch_size * config.task.row_length / (rows * mesh.shape["context"] * accumulation)
+    on_device = kept_tensors(model) - set(model.offloaded)
+    sizes = tensor_bytes(model, tokens, mesh.shape["tensor"])
+    kept = {name: sizes[name] for name in TENSORS if name in on_device}
+    parameters = parameter_count(model) / (mesh.shape["fsdp"] * mesh.shape["tensor"] * mesh.shape["expert"])
+    activations = sum(kept.values()) + tokens * model.dim * model.depth * _width(model)  # with the blocks' inputs
+    gradients = 4 * parameters if accumulation == 1 else 0  # which are summed up apart
+
+    found = []
+    if names := _enough(kept, wanted):
+        words = [] if model.remat == "blocks" else ["--task.model.remat", "blocks"]
+        words += ["--task.model.saved", *(name for name in kept if name not in names)]
+        anew = ", ".join(name for name in kept if name in names)
+        found.append(f"{' '.join(words)} ({_gib(sum(kept[name] for name in names))} less; {anew} computed anew)")
+    splits = [times for times in _TIMES if config.batch_size % (rows * accumulation * times) == 0]
+    for times in splits:
+        if (freed := activations * (1 - 1 / times) - gradients) >= wanted:
+            found.append(f"--optimizer.accumulation {accumulation * times} ({_gib(freed)} less)")
+            break
+    for times in splits:
+        if (freed := (activations + 12 * parameters) * (1 - 1 / times)) >= wanted:
+            found.append(f"{times} times as many devices along fsdp ({_gib(freed)} less)")
+            break
+    return found
+
+
+def generation_remedies(
+    model: TransformerConfig, mesh: Mesh, requests: int, capacity: int, missing: float
+) -> list[str]:
+    """Settings of a generation, each of which frees `missing` bytes of a device."""
+    tensor, wanted = mesh.shape["tensor"], missing * _MARGIN
+    heads = model.key_value_heads / (tensor if model.key_value_heads % tensor == 0 else 1)
+    rows = max(1, requests / spread(mesh, ShardingRules().batch))
+    cache = 2 * model.depth * rows * heads * capacity * model.head_dim * _width(model)
+    weights = _width(model) * parameter_count(model) / (tensor * mesh.shape["fsdp"])
+    found = []
+    if cache > wanted:
+        settings = {"--requests": requests, "--capacity": capacity}
+        fewer = {name: math.floor(value * (1 - wanted / cache)) for name, value in settings.items()}
+        found += [f"{name} {value}" for name, value in fewer.items() if value]
+    for times in _TIMES:
+        if model.key_value_heads % (tensor * times) == 0 and (cache + weights) * (1 - 1 / times) >= wanted:
+            return [*found, f"{times} times as many devices along tensor"]
+    return found
+
+
+def tensor_bytes(model: TransformerConfig, tokens: float, tensor: int = 1) -> dict[str, float]:
+    """Bytes that a device needs to keep each of a block's `TENSORS`, in all blocks.
+
+    Args:
+      tokens: of a microbatch, that it is given.
+      tensor: devices over which heads and hidden widths are split.
+    """
+    heads, groups = model.heads * model.head_dim / tensor, model.key_value_heads * model.head_dim / tensor
+    hidden = model.mlp_dim * (model.experts_per_token if model.experts else 1) / tensor
+    widths = {"query": heads, "key": groups, "value": groups, "attention": heads, "attention_output": model.dim}
+    widths |= {"gate": hidden, "up": hidden, "mlp_output": model.dim}
+    return {name: tokens * width * model.depth * _width(model) for name, width in widths.items()}
+
+
+def _enough(kept: dict[str, float], wanted: float) -> list[str]:
+    """The fewest tensors that free so much together, the largest first; none if all are not enough."""
+    names, freed = [], 0.0
+    for name in sorted(kept, key=kept.get, reverse=True):
+        if freed >= wanted:
+            break
+        names.append(name)
+        freed += kept[name]
+    return names if freed >= wanted else []
+
+
+def _width(model: TransformerConfig) -> int:
+    """Bytes of a value in the compute type."""
+    return 2 if model.compute_dtype == "bfloat16" else 4
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}G"

@@ -1,0 +1,20 @@
+"""Figures of docs/tokenizers.md are those of the results that it points to."""
+
+import json
+from pathlib import Path
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_half_of_each_codebook():
+    """Every family that was measured has its row, and the table has no others."""
+    families = json.loads((DOCS / "results" / "tokenizers" / "half_of_each_codebook.json").read_text())["families"]
+    expected = []
+    for name, found in families.items():
+        of = f"{found['seconds']} s" if "seconds" in found else f"{found['pictures']}"
+        plain = f"{found['differ']} of {found['codes']:,}"
+        scaled = f"{found['scaled_differ']} of {found['scaled_codes']:,}" if "scaled_codes" in found else "not scaled"
+        expected.append(f"| {name} | {of} | {plain} | {scaled} | {found['least_used']:.0%} |")
+        assert found["least_used"] >= 0.5
+    _, _, table = (DOCS / "tokenizers.md").read_text().partition("| family | sound or pictures | codes that differ |")
+    assert table.split("\n\n")[0].splitlines()[2:] == expected
