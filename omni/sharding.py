@@ -89,6 +89,9 @@ class ShardingRules:
     """Rows of a batch."""
     length: MeshAxes = "context"
     """Tokens of a row."""
+    stream: MeshAxes = ("context", "tensor")
+    """Tokens of a row in the residual stream between the matrix products of blocks: its norms and sums are not repeated
+    on each device of `tensor`, nor is what is kept of it (sequence parallelism, arXiv:2205.05198)."""
     layers: MeshAxes = None
     """Stacked blocks."""
     vocabulary: MeshAxes = "tensor"
@@ -141,16 +144,26 @@ def named_sharding(
 ) -> NamedSharding:
     """The sharding of an array with these logical axes.
 
-    Given its shape, a dimension that its mesh axes do not divide is replicated instead; the log says so once.
+    Given its shape, a dimension that its mesh axes do not divide is split over the first of them that do; the log says
+    so once, but of a single element.
     """
     spec = rules.spec(axes)
     if shape is not None:
-        parts = [spread(mesh, entry) for entry in spec]
-        for axis, size, count in zip(axes, shape, parts, strict=True):
-            if size % count:
-                warn_once(f"axis {axis} of size {size} is not divisible by its {count} mesh devices: it is replicated")
-        spec = [entry if size % count == 0 else None for entry, size, count in zip(spec, shape, parts, strict=True)]
+        spec = [_dividing(mesh, *each) for each in zip(axes, spec, shape, strict=True)]
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _dividing(mesh: Mesh, axis: str | None, entry: MeshAxes, size: int) -> MeshAxes:
+    """As many of an entry's leading mesh axes as divide a dimension's size."""
+    if size % (count := spread(mesh, entry)) == 0:
+        return entry
+    names = mesh_axes(entry)
+    while size % spread(mesh, names):
+        names = names[:-1]
+    if size > 1:
+        left = f"it is split over {spread(mesh, names)}" if spread(mesh, names) > 1 else "it is replicated"
+        warn_once(f"axis {axis} of size {size} is not divisible by its {count} mesh devices: {left}")
+    return names or None
 
 
 @cache

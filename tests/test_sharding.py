@@ -28,7 +28,7 @@ EIGHT_DEVICES = """
     from omni.sharding import MeshConfig, ShardingRules, activations_on, batch_sharding, make_mesh, sharding_tree
 
     config = TransformerConfig(
-        vocabulary_size=256, depth=2, dim=64, heads=4, key_value_heads=2, head_dim=16, mlp_dim=128, remat="dots"
+        vocabulary_size=256, depth=2, dim=64, heads=4, key_value_heads=2, head_dim=16, mlp_dim=160, remat="dots"
     )
     optimizer, rules = optax.adamw(1e-3), ShardingRules()
 
@@ -70,6 +70,7 @@ EIGHT_DEVICES = """
         "gradients": [max(float(np.abs(a - b).max()) for a, b in zip(gradients_one, gradients_eight)),
                       max(float(np.abs(a).max()) for a in gradients_one)],
         "rows": [f"f32[{rows},12," in program for rows in (2, 4, 8)],
+        "stream": [f"f32[2,2,{length},64]" in program for length in (6, 12)],
         "share": max(per_device) / sum(leaf.nbytes for leaf in leaves),
     }, sys.stdout)
 """
@@ -88,7 +89,8 @@ def abstract_mesh(**sizes):
 def test_eight_devices_compute_what_one_does():
     """On (data 2, fsdp 2, tensor 2): loss and gradients within 1e-5, at most 27.5 % of the state on any device.
 
-    Each device computes its 2 rows of 8 and holds activations of no more.
+    Each device computes its 2 rows of 8 and holds activations of no more; what the scan over both layers keeps of the
+    residual stream is further split along the length.
     """
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
@@ -100,6 +102,7 @@ def test_eight_devices_compute_what_one_does():
     difference, largest = result["gradients"]
     assert difference < 1e-5 < largest
     assert result["rows"] == [True, False, False]
+    assert result["stream"] == [True, False]
     assert result["share"] <= 0.25 * 1.1
 
 
@@ -146,6 +149,17 @@ def test_indivisible_dimension_is_replicated(caplog):
     assert specs == [PartitionSpec("fsdp", None)] * 2
     assert [record.message for record in caplog.records] == [
         "axis key_value_heads of size 6 is not divisible by its 4 mesh devices: it is replicated"
+    ]
+
+
+def test_indivisible_dimension_is_split_as_far_as_it_goes(caplog):
+    """The leading mesh axes that divide a dimension still split it; a single token is no matter for the log."""
+    mesh = abstract_mesh(context=2, tensor=4)
+    with caplog.at_level(logging.WARNING):
+        specs = [named_sharding(("stream",), ShardingRules(), mesh, (size,)).spec for size in (16, 10, 1)]
+    assert specs == [PartitionSpec(("context", "tensor")), PartitionSpec(("context",)), PartitionSpec(None)]
+    assert [record.message for record in caplog.records] == [
+        "axis stream of size 10 is not divisible by its 8 mesh devices: it is split over 2"
     ]
 
 

@@ -30,7 +30,8 @@ def training_remedies(config: TrainConfig, mesh: Mesh, missing: float) -> list[s
     sizes = tensor_bytes(model, tokens, mesh.shape["tensor"])
     kept = {name: sizes[name] for name in TENSORS if name in on_device}
     parameters = parameter_count(model) / (mesh.shape["fsdp"] * mesh.shape["tensor"] * mesh.shape["expert"])
-    activations = sum(kept.values()) + tokens * model.dim * model.depth * _width(model)  # with the blocks' inputs
+    inputs = tokens * model.dim / mesh.shape["tensor"] * model.depth * _width(model)  # of the blocks
+    activations = sum(kept.values()) + inputs
     gradients = 4 * parameters if accumulation == 1 else 0  # which are summed up apart
 
     found = []
@@ -76,12 +77,12 @@ def tensor_bytes(model: TransformerConfig, tokens: float, tensor: int = 1) -> di
 
     Args:
       tokens: of a microbatch, that it is given.
-      tensor: devices over which heads and hidden widths are split.
+      tensor: devices over which heads, hidden widths and the stream's tokens are split.
     """
     heads, groups = model.heads * model.head_dim / tensor, model.key_value_heads * model.head_dim / tensor
     hidden = model.mlp_dim * (model.experts_per_token if model.experts else 1) / tensor
-    widths = {"query": heads, "key": groups, "value": groups, "attention": heads, "attention_output": model.dim}
-    widths |= {"gate": hidden, "up": hidden, "mlp_output": model.dim}
+    widths = {"query": heads, "key": groups, "value": groups, "attention": heads}
+    widths |= {"gate": hidden, "up": hidden, "attention_output": model.dim / tensor, "mlp_output": model.dim / tensor}
     return {name: tokens * width * model.depth * _width(model) for name, width in widths.items()}
 
 

@@ -161,7 +161,7 @@ def embed(
 ) -> Stream:
     """The residual stream's start, in the compute type."""
     rows = constrain(embedding, "vocabulary", None)[ids]
-    return constrain(rows.astype(config.compute_dtype), "batch", "length", None)
+    return constrain(rows.astype(config.compute_dtype), "batch", "stream", None)
 
 
 def remat_policy(config: TransformerConfig) -> Callable:
@@ -207,7 +207,7 @@ def block(
         else:
             change, more = branch(x)
             change = norm(change)
-        return constrain(x + dropout(change, config.dropout, key), "batch", "length", None), more
+        return constrain(x + dropout(change, config.dropout, key), "batch", "stream", None), more
 
     x, cache = add(x, weights["attention_norm"], partial(attention, config, weights, by=by, attend=attend), keys[0])
 
@@ -231,7 +231,7 @@ def attention(
     read, cache = attend(query, key, value)
     read = checkpoint_name(read, "attention")
     change = jnp.einsum("blhk,hkd->bld", read, weights["output"].astype(x.dtype))
-    return checkpoint_name(change, "attention_output"), cache
+    return checkpoint_name(constrain(change, "batch", "stream", None), "attention_output"), cache
 
 
 def laid_out(x: Heads, name: str, heads: str) -> Heads:
@@ -247,7 +247,7 @@ def mlp(weights: Weights, x: Stream) -> Stream:
     """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
     gate, up, down = (weights[name].astype(x.dtype) for name in ("gate", "up", "down"))
     hidden = jax.nn.silu(checkpoint_name(x @ gate, "gate")) * checkpoint_name(x @ up, "up")
-    return checkpoint_name(hidden @ down, "mlp_output")
+    return checkpoint_name(constrain(hidden @ down, "batch", "stream", None), "mlp_output")
 
 
 def head_norm(config: TransformerConfig, x: Heads, weights: Weights, name: str) -> Heads:

@@ -29,10 +29,10 @@ def mesh():
 
 
 def test_bytes_of_tensors():
-    """Width times tokens times blocks; heads and hidden widths are split, what is as wide as the stream is not."""
+    """Width times tokens times blocks; heads and hidden widths are split, and tokens of what is added to the stream."""
     found = tensor_bytes(MODEL, tokens=100, tensor=4)
     assert found["query"] == 100 * 2 * 1024 * 4 / 4 and found["key"] == found["value"] == 100 * 2 * 512 * 4 / 4
-    assert found["up"] == 100 * 2 * 4096 * 4 / 4 and found["mlp_output"] == 100 * 2 * 1024 * 4
+    assert found["up"] == 100 * 2 * 4096 * 4 / 4 and found["mlp_output"] == 100 * 2 * 1024 * 4 / 4
     half = tensor_bytes(dataclasses.replace(MODEL, compute_dtype="bfloat16"), tokens=100)
     assert half["gate"] == 100 * 2 * 4096 * 2
 
