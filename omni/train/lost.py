@@ -3,18 +3,22 @@
 All processes meet at barriers of jax's coordination service, which says who did not come in time. A thread of each does
 so all the time, whatever the rest of the process waits for: who is killed, stopped or cut off does not come. And before
 every step the processes themselves do: who has no batch does not come.
+
+The service is part of process 0. If that stops, a barrier is never over; if it ends, jax aborts the others.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import logging
 import re
 import signal
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -43,13 +47,20 @@ class RollCall:
         self._seconds, self._step, self._over = seconds, 0, threading.Event()
         self._prefix = f"omni {next(_NUMBERS)}: "  # a process may train several times
         self._client = distributed.global_state.client if jax.process_count() > 1 else None
+        self._alone = contextlib.ExitStack()  # what is in force where the service is another process's
 
     def __enter__(self) -> RollCall:
         if self._client is not None:
+            if jax.process_index():
+                self._alone.enter_context(before_aborting(self._aborting))
             threading.Thread(target=self._attend, daemon=True).start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
+        with self._alone:
+            self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
         if isinstance(error, Exception):
             self._failed(error)
         elif self._client is not None:
@@ -100,7 +111,11 @@ class RollCall:
         patience, turn = self._seconds * _BEGINNING, 0
         while not self._over.wait(0.2 * self._seconds):
             turn += 1
+            silence = threading.Timer(patience + 0.2 * self._seconds, self._without_service)
+            if jax.process_index():
+                silence.start()
             absent = self._absent(f"roll call {turn}", patience)
+            silence.cancel()
             if absent and not self._over.is_set():
                 self._leave(absent)
             patience = 0.6 * self._seconds
@@ -110,8 +125,22 @@ class RollCall:
         try:
             self._client.wait_at_barrier(self._prefix + name, int(1000 * seconds))
         except jax.errors.JaxRuntimeError as error:
-            return missing(str(error)) or str(error).splitlines()[0]
+            unreachable = jax.process_index() and str(error).startswith("UNAVAILABLE")
+            return _lost(["0"]) if unreachable else missing(str(error)) or str(error).splitlines()[0]
         return ""
+
+    def _without_service(self) -> None:
+        if not self._over.is_set():
+            self._leave(_lost(["0"]))
+
+    def _aborting(self) -> None:
+        host, _, port = distributed.global_state.coordinator_address.rpartition(":")
+        try:
+            socket.create_connection(
+                (host.strip("[]"), int(port)), timeout=2
+            ).close()  # then it aborts for another reason
+        except OSError:
+            self._without_service()
 
     def _leave(self, absent: str) -> NoReturn:
         if jax.process_index() == 0:
@@ -123,7 +152,28 @@ def missing(error: str) -> str:
     """Who did not come, as a barrier's error says it; empty if it says nothing of that."""
     _, _, names = error.partition("timed out task names:")
     ranks = re.findall(r"(?:task:)?(\d+)\s*$", names.partition("RPC:")[0], re.MULTILINE)
-    return f"process {', '.join(ranks)} of {jax.process_count()} is lost or hangs" if ranks else ""
+    return _lost(ranks) if ranks else ""
+
+
+def _lost(ranks: list[str]) -> str:
+    return f"process {', '.join(ranks)} of {jax.process_count()} is lost or hangs"
+
+
+@contextmanager
+def before_aborting(act: Callable[[], None]) -> Iterator[None]:
+    """Should this process abort inside, `act` is called first, by the thread that does.
+
+    jax takes no function of Python's for the case that the coordination service ends (its binding fails on the status
+    that would be handed over), and a handler of Python's `signal` never runs: this one is the C library's.
+    """
+    library = ctypes.CDLL(None)
+    library.signal.argtypes, library.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: act())
+    before = library.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        library.signal(signal.SIGABRT, before)
 
 
 def _is_broken_connection(error: BaseException | None) -> bool:
