@@ -1,5 +1,5 @@
 """A published run, to check what `omni compile` predicts: 32B on a v5p-128, 71.5 % MFU
-(AI-Hypercomputer/maxtext, MaxText/configs/v5p/32b.sh and README.md).
+(AI-Hypercomputer/maxtext, MaxText/configs/v5p/32b.sh and README.md). Its remat_policy "minimal" keeps every product.
 
 omni compile experiments/published/v5p_32b.py --topology v5p:4x4x4
 """
