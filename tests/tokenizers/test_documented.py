@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from omni.recipes.photos_recipe import QUANTIZERS
+
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -17,4 +19,16 @@ def test_half_of_each_codebook():
         expected.append(f"| {name} | {of} | {plain} | {scaled} | {found['least_used']:.0%} |")
         assert found["least_used"] >= 0.5
     _, _, table = (DOCS / "tokenizers.md").read_text().partition("| family | sound or pictures | codes that differ |")
+    assert table.split("\n\n")[0].splitlines()[2:] == expected
+
+
+def test_quantizers():
+    """Each quantiser of the comparison has its row."""
+    results = json.loads((DOCS / "results" / "tokenizers" / "quantizers.json").read_text())
+    assert list(results["quantizers"]) == list(QUANTIZERS)
+    expected = [
+        f"| {name} | {found['psnr']:.2f} | {found['ssim']:.3f} | {found['usage']:.1%} | {found['perplexity']:.0f} |"
+        for name, found in results["quantizers"].items()
+    ]
+    _, _, table = (DOCS / "tokenizers.md").read_text().partition("| quantiser | PSNR, dB |")
     assert table.split("\n\n")[0].splitlines()[2:] == expected
