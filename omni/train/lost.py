@@ -112,6 +112,7 @@ class RollCall:
         while not self._over.wait(0.2 * self._seconds):
             turn += 1
             silence = threading.Timer(patience + 0.2 * self._seconds, self._without_service)
+            silence.daemon = True  # a run that is over does not wait for it
             if jax.process_index():
                 silence.start()
             absent = self._absent(f"roll call {turn}", patience)
@@ -135,10 +136,8 @@ class RollCall:
 
     def _aborting(self) -> None:
         host, _, port = distributed.global_state.coordinator_address.rpartition(":")
-        try:
-            socket.create_connection(
-                (host.strip("[]"), int(port)), timeout=2
-            ).close()  # then it aborts for another reason
+        try:  # where the service answers, there is another reason
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
         except OSError:
             self._without_service()
 

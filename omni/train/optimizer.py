@@ -161,8 +161,7 @@ def named(params: nnx.State, patterns: Sequence[str], setting: str) -> nnx.State
         fitting = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
         return jax.tree.map(lambda _: fitting, variable)
 
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
-    tree = jax.tree_util.tree_map_with_path(fits, params, is_leaf=is_variable)
+    tree = jax.tree_util.tree_map_with_path(fits, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     for pattern, fitted in found.items():
         if not fitted:
             raise UsageError(f"optimizer {setting}: no parameter is named {pattern!r}")
