@@ -12,6 +12,7 @@ quantise these latents again, each time with their channels scaled otherwise. Co
 
 import argparse
 import copy
+import itertools
 import json
 import shlex
 import sys
@@ -41,7 +42,7 @@ import omni_tokenizers
 from omni_tokenizers.checkpoints import vqgan as vqgan_checkpoints
 from omni_tokenizers.mimi import MimiNet
 
-SECONDS, MOST_CLIPS = 4, 50
+SECONDS, MOST_CLIPS, MOST_PICTURES = 4, 50, 8
 SCALINGS = 12
 """How often latents are quantised, each time with other scales of their channels; the first time with none."""
 
@@ -182,14 +183,24 @@ def pictures(shape: tuple[int, ...]) -> Iterator[np.ndarray]:
 
 @torch.no_grad()
 def measure_pictures(name: str) -> dict:
-    """As many pictures as have, in all scalings, latents for 9/16 of the codes."""
+    """As many pictures as use half of the codes; first as many as have latents for 9/16 of them, in all scalings."""
     family, shown, exact, rounded = PICTURES[name](), [], [], []
-    for x in pictures(family.shape):
+    for x in itertools.islice(pictures(family.shape), MOST_PICTURES):
         shown.append(x)
         exact.append(family.their_latents(x, torch.float64))
         rounded.append(family.their_latents(x, torch.float32))
-        if SCALINGS * sum(values[..., 0].size for values in exact) >= 9 / 16 * family.codes:
+        if SCALINGS * sum(values[..., 0].size for values in exact) < 9 / 16 * family.codes:
+            continue
+        found = measure_latents(family, shown, exact, rounded)
+        if found["least_used"] >= 0.5:
             break
+    return found
+
+
+def measure_latents(
+    family: Family, shown: list[np.ndarray], exact: list[np.ndarray], rounded: list[np.ndarray]
+) -> dict:
+    """Our latents beside theirs, and our codes beside those of theirs, with a codebook amid them."""
     scales = list(scalings(exact[0].shape[-1]))
     book = codebook_amid(np.concatenate([flat(exact) * each for each in scales]), family.codes, spread=0.01)
     tokenizer = family.ours(book)
