@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from omni.storage import absolute, is_remote, upload
 from omni.train.run_directory import CONFIG, read_json, writing
@@ -50,7 +50,7 @@ class MetricsLog:
                 _rewind(self._directory / FILE, self._step)
                 self._folder = Path(self._staging.enter_context(_on_a_disk(self._directory)))
                 self._file = (self._folder / FILE).open("a")
-                self._events = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._step + 1)
+                self._events = _summary_writer(self._folder / "tensorboard", self._step + 1)
             if self._project is not None:
                 self._wandb = _wandb_run(self._project, self._directory, self._folder)
         return self
@@ -84,6 +84,20 @@ class MetricsLog:
                 self._file.close()
                 self._events.close()
                 self.publish()
+
+
+def _summary_writer(folder: Path, purge_step: int):
+    """tensorboardX's writer. Where torch is installed it is imported by that, for tensors that nobody hands over here:
+    seconds of every start, so for the moment it is not there."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def read_metrics(directory: epath.PathLike) -> list[dict[str, float]]:

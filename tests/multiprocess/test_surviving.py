@@ -108,3 +108,10 @@ def test_a_lost_process_is_named(tmp_path, fault, lost, step):
         last = process.log.read_text().split("omni: ")[-1]
         assert re.fullmatch(rf"step \d+: process {lost} of 3 is lost or hangs\s*", last), printed(run)
     assert any(path.name.isdigit() for path in (tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.multiprocess
+def test_a_run_that_is_over_ends(tmp_path):
+    """Two processes that are done wait for nothing of the roll call, whose patience at first is five minutes."""
+    run = launch(tmp_path / "run", 2, "steps=40", "checkpoint_every=40", f"lost_after={LOST_AFTER}")
+    assert codes(run, timeout=10 * LOST_AFTER - 60) == [0, 0], printed(run)
