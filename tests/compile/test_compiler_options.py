@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from omni.accelerators import ACCELERATORS
 from omni.compile.topologies import topology_devices
@@ -44,3 +46,18 @@ def test_libtpu_knows_them(topology):
     options = compiler_options(device.device_kind)
     assert options
     jax.jit(jnp.sin).lower(one).compile(compiler_options=options)
+
+
+@pytest.mark.aot
+def test_a_product_with_a_gathered_weight_is_one():
+    """A large batch times a weight that is split where they meet: the weight is gathered, and nothing loops over its
+    pieces, which without the options it does."""
+    devices = topology_devices("v5p:2x2x4", 1)
+    mesh = Mesh(np.array(devices), "fsdp")
+    x, weight = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+        for shape in ((64, 4096, 2048), (2048, 5504))
+    )
+    lowered = jax.jit(jnp.matmul).lower(x, weight)
+    assert "while(" in lowered.compile().as_text()
+    assert "while(" not in lowered.compile(compiler_options=compiler_options(devices[0].device_kind)).as_text()
