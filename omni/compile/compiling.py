@@ -16,6 +16,7 @@ from omni.compile.schedule import Program as Schedule
 from omni.compile.topologies import GPUS, WITHOUT_A_GPU, accelerator_named, slice_numbers, topology_devices
 from omni.generate import Engine
 from omni.model import Transformer, decoder_on
+from omni.model.attention import row_order
 from omni.sharding import ShardingRules, activations_on, make_mesh
 from omni.train.language import TransformerTask
 from omni.train.loop import TrainConfig
@@ -48,16 +49,17 @@ def compile_training(config: TrainConfig, topology: str, slices: int = 1) -> dic
     accelerator, devices = accelerator_named(topology), topology_devices(topology, slices)
     program = Program(config, devices)
     config = program.config
+    is_language = isinstance(config.task, TransformerTask)
     with activations_on(program.mesh, program.rules):
         lowered = program.train_step().lower(*program.step_shapes())
-    is_language = isinstance(config.task, TransformerTask)
+        is_balanced = is_language and row_order(config.task.row_length) is not None
     remedies = partial(training_remedies, config, program.mesh) if is_language else lambda missing: []
     compiled, found = _compiled(lowered, topology, slices, len(devices), remedies)
     if is_language:
         length = config.task.row_length
         tokens = config.batch_size * length / len(devices)
         schedule = Schedule(compiled.as_text(), len(devices))
-        stretches = program.mesh.shape["context"]
+        stretches = 1 if is_balanced else program.mesh.shape["context"]
         order = slice_numbers(program.mesh)
         found |= estimate(schedule, config.task.model, tokens, length, order, accelerator, stretches).to_json()
     return found

@@ -80,7 +80,7 @@ def estimate(
     Args:
       tokens: that a device is given, on average.
       length: tokens of a row.
-      stretches: devices over which a row is split.
+      stretches: devices over which a row is split as it comes, so that the last one has most to look back at.
       slices: the slice of each device of the mesh, in the mesh's order.
     """
     model = tokens * training_flops_per_token(config, length)

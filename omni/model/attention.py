@@ -4,8 +4,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from omni.model import splash
 from omni.model.config import TransformerConfig
@@ -21,8 +22,43 @@ Stored = Float[Array, "rows key_value_heads slots head_dim"]
 Cache = tuple[Stored, Stored]
 
 
+def row_order(length: int) -> Int[np.ndarray, " length"] | None:
+    """The order in which tokens of a row should stand on the active mesh; None: as they come.
+
+    It is balanced where the mesh splits the length and twice its devices divide it. Else the last device has up to
+    twice the mean to look back at, and the others wait for it.
+    """
+    active = active_mesh()
+    if active is None:
+        return None
+    mesh, rules = active
+    count = spread(mesh, named_sharding(("length",), rules, mesh, (length,)).spec[0])
+    return None if count == 1 or length % (2 * count) else balanced_order(length, count)
+
+
+def balanced_order(length: int, count: int) -> Int[np.ndarray, " length"]:
+    """Each of `count` devices has the i-th and the i-th but last of twice as many stretches, so that all have as much
+    to look back at (context parallelism of Llama 3, arXiv:2407.21783, section 3.3.2)."""
+    early, late = np.arange(length, dtype=np.int32).reshape(2, count, -1)
+    return np.stack([early, late[::-1]], axis=1).reshape(length)
+
+
+def as_they_come(x: Shaped[Array, "batch length ..."], count: int) -> Shaped[Array, "batch length ..."]:
+    """Tokens in the order of their rows, that stand in the balanced order for so many devices.
+
+    Stretches side by side: the compiler makes copies of them, but a gather of indices.
+    """
+    stretches = jnp.split(x, 2 * count, axis=1)
+    return jnp.concatenate(stretches[::2] + stretches[::-2], axis=1)
+
+
 def attend(
-    config: TransformerConfig, query: Heads, key: KeyValueHeads, value: KeyValueHeads, segments: Segments
+    config: TransformerConfig,
+    query: Heads,
+    key: KeyValueHeads,
+    value: KeyValueHeads,
+    segments: Segments,
+    order: Int[np.ndarray, " length"] | None = None,
 ) -> tuple[Heads, Largest | None]:
     """Grouped-query attention by the kernel of `config`: softmax(query key / sqrt(head_dim)) value, softmax in float32.
 
@@ -32,6 +68,9 @@ def attend(
     On a mesh every device computes the queries of its own rows, heads and stretch of the length; along the mesh axis
     `context` the keys and values of the whole length are gathered first. The result is that of one device.
 
+    Args:
+      order: which token of its row each is, where they stand in the order of `row_order`; None: as they come.
+
     Returns:
       What the queries read, and the largest score of each; None from "splash", which keeps no scores and has no maximum
       of them to give away.
@@ -40,28 +79,34 @@ def attend(
       UsageError: the kernel cannot run on these devices, or with this shape.
     """
     check_kernel(config)
+    places = np.arange(query.shape[1], dtype=np.int32) if order is None else order
     active = active_mesh()
     if active is None:
-        return _kernel(config, *_splash(config, query))(query, key, value, segments, segments, jnp.zeros((), jnp.int32))
+        return _kernel(config, *_splash(config, query, places))(query, key, value, segments, segments, places)
     mesh, rules = active
     queries = named_sharding(("batch", "length", "heads", None), rules, mesh, query.shape).spec
     if mesh_axes(queries[2]) and key.shape[2] % spread(mesh, queries[2]):
         key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
     whole = PartitionSpec(queries[0], None, queries[2], None)
 
-    def local(query, key, value, own, all_segments, *kernel_state):
-        start = query.shape[1] * _place(mesh, queries[1])
-        return _kernel(config, *kernel_state)(query, key, value, own, all_segments, start)
+    lengths = spread(mesh, queries[1])
 
-    state = _splash(config, query, spread(mesh, queries[2]), spread(mesh, queries[1]))
+    def local(query, key, value, own, all_segments, places, *kernel_state):
+        key, value, all_segments = (
+            x if order is None else as_they_come(x, lengths) for x in (key, value, all_segments)
+        )
+        return _kernel(config, *kernel_state)(query, key, value, own, all_segments, places)
+
+    state = _splash(config, query, places, spread(mesh, queries[2]), lengths)
     state_specs = [splash.specs(kernel, mesh, queries[2], queries[1]) for kernel in state]
+    rows = PartitionSpec(queries[0], queries[1]), PartitionSpec(queries[0], None), PartitionSpec(queries[1])
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(queries, whole, whole, PartitionSpec(*queries[:2]), PartitionSpec(queries[0], None), *state_specs),
+        in_specs=(queries, whole, whole, *rows, *state_specs),
         out_specs=(queries, None if state else PartitionSpec(*queries[:3])),
         check_vma=config.attention != "splash",  # the kernel does not say how its outputs vary
-    )(query, key, value, segments, segments, *state)
+    )(query, key, value, segments, segments, places, *state)
 
 
 def check_kernel(config: TransformerConfig) -> None:
@@ -79,20 +124,17 @@ def check_kernel(config: TransformerConfig) -> None:
         )
 
 
-def _place(mesh: jax.sharding.Mesh, entry) -> Int[Array, ""]:
-    """Which of the pieces of an axis split by this entry of a spec a device holds."""
-    axes = mesh_axes(entry)
-    return jax.lax.axis_index(axes) if axes else jnp.zeros((), jnp.int32)
-
-
 def _splash(
-    config: TransformerConfig, query: Heads, head_shards: int = 1, length_shards: int = 1
+    config: TransformerConfig,
+    query: Heads,
+    places: Int[np.ndarray, " length"],
+    head_shards: int = 1,
+    length_shards: int = 1,
 ) -> list[splash.Kernel]:
     """The kernel "splash", if it is the one, as arrays that are split over the mesh as queries are."""
     if config.attention != "splash":
         return []
-    length, heads = query.shape[1:3]
-    return [splash.make(heads, length, config.attention_blocks, head_shards, length_shards)]
+    return [splash.make(query.shape[2], places, config.attention_blocks, head_shards, length_shards)]
 
 
 def _kernel(config: TransformerConfig, *state: splash.Kernel):
@@ -107,7 +149,7 @@ def attend_in_blocks(
     value: KeyValueHeads,
     own: Segments,
     segments: Segments,
-    start: Int[Array, ""],
+    places: Int[Array, " queries"],
     *,
     block: int,
 ) -> tuple[Heads, Largest]:
@@ -117,14 +159,15 @@ def attend_in_blocks(
 
     Args:
       own: segments of the queries.
-      segments: those of all keys.
-      start: index of the first query in the whole length.
+      segments: those of all keys, in order.
+      places: which of the keys each query's own is.
     """
     length = query.shape[1]
     count = -(-length // block)
     if count == 1:
-        return attend_at_once(query, key, value, segment_mask(own, segments, start))
+        return attend_at_once(query, key, value, segment_mask(own, segments, places))
     size = -(-length // count)
+    places = jnp.broadcast_to(places, own.shape)
 
     def split(x):
         x = jnp.pad(x, ((0, 0), (0, count * size - length), *((0, 0),) * (x.ndim - 2)))
@@ -132,10 +175,10 @@ def attend_in_blocks(
 
     @jax.checkpoint
     def one(queries):
-        query, own, first = queries
-        return attend_at_once(query, key, value, segment_mask(own, segments, first))
+        query, own, places = queries
+        return attend_at_once(query, key, value, segment_mask(own, segments, places[0]))
 
-    found = jax.lax.map(one, (split(query), split(own), start + size * jnp.arange(count, dtype=jnp.int32)))
+    found = jax.lax.map(one, (split(query), split(own), split(places)))
     return tuple(x.swapaxes(0, 1).reshape(x.shape[1], count * size, *x.shape[3:])[:, :length] for x in found)
 
 
@@ -164,11 +207,10 @@ def attend_at_once(
 
 
 def segment_mask(
-    own: Int[Array, "batch queries"], segments: Int[Array, "batch length"], start: Int[Array, ""]
+    own: Int[Array, "batch queries"], segments: Int[Array, "batch length"], places: Int[Array, " queries"]
 ) -> Bool[Array, "batch 1 queries length"]:
-    """Which key (last axis) each query sees, the first of which stands at `start`."""
-    indices = start + jnp.arange(own.shape[1])
-    earlier = jnp.arange(segments.shape[1]) <= indices[:, None]
+    """Which key (last axis) each query sees, whose own ones stand at `places`."""
+    earlier = jnp.arange(segments.shape[1]) <= places[:, None]
     return (earlier & (own[:, :, None] == segments[:, None, :]))[:, None]
 
 

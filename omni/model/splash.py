@@ -1,6 +1,7 @@
 """Splash attention (jax's Pallas kernel for TPUs): block-sparse flash attention with a causal mask and segments."""
 
 import jax
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as kernels,
 )
@@ -17,15 +18,23 @@ LANES = 128
 
 
 def make(
-    heads: int, length: int, blocks: tuple[int, int], head_shards: int, length_shards: int, *, interpret: bool = False
+    heads: int,
+    places: Int[np.ndarray, " length"],
+    blocks: tuple[int, int],
+    head_shards: int,
+    length_shards: int,
+    *,
+    interpret: bool = False,
 ) -> Kernel:
     """The causal kernel of whole sequences, its blocks of the mask to be split by `specs`.
 
     Args:
+      places: which of the keys each query's own is.
       blocks: queries and keys of a block, at most; they shrink to what divides a device's stretch of the length.
       head_shards, length_shards: devices over which query heads and queries are split.
       interpret: computes the kernel without a TPU, slowly.
     """
+    length = len(places)
     queries = _block(length // length_shards, blocks[0])
     keys = _block(length, blocks[1])
     sizes = kernels.BlockSizes(
@@ -38,6 +47,7 @@ def make(
         use_fused_bwd_kernel=True,
     )
     causal = masks.CausalMask((length, length), shard_count=length_shards)
+    causal.q_sequence = places
     return kernels.make_splash_mha(
         masks.MultiHeadMask([causal] * heads),
         block_sizes=sizes,
@@ -60,10 +70,10 @@ def attend(
     value: Float[Array, "batch length key_value_heads head_dim"],
     own: Int[Array, "batch queries"],
     segments: Int[Array, "batch length"],
-    start: Int[Array, ""],
+    places: Int[Array, " queries"],
 ) -> Float[Array, "batch queries heads head_dim"]:
     """As `attention.attend_in_blocks`; the kernel itself knows where its queries stand."""
-    del start
+    del places
     query, key, value = (x.swapaxes(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))
     read = jax.vmap(kernel)(query, key, value, kernels.SegmentIds(own, segments))
     return read.swapaxes(1, 2).astype(value.dtype)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -118,8 +119,9 @@ class Transformer(nnx.Module):
         segments: Int[Array, "batch length"] | None,
         *,
         dropout_key: PRNGKeyArray | None = None,
+        order: Int[np.ndarray, " length"] | None = None,
     ) -> Features:
-        """All of `__call__` but the output head."""
+        """All of `__call__` but the output head; tokens may stand in another `order` (see `attend`)."""
         config = self.config
         by, tokens = rotation(config, positions), experts.routing(config, ids, segments)
         segments = jnp.ones_like(ids) if segments is None else segments
@@ -129,7 +131,7 @@ class Transformer(nnx.Module):
         x = embed(config, self.embedding[...], ids)
 
         def attend_all(query: Heads, key: KeyValueHeads, value: KeyValueHeads) -> tuple[Heads, Array | None]:
-            read, largest = attend(config, query, key, value, segments)
+            read, largest = attend(config, query, key, value, segments, order)
             return read, None if largest is None else jnp.max(largest, axis=-1)
 
         def step(x: Stream, layer: tuple[Weights, PRNGKeyArray | None]) -> tuple[Stream, tuple]:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from omni.data.loader import PackedRows, mixed_rows, rows_of_each, stack
 from omni.data.random_documents import RandomDocuments
 from omni.data.shards import TokenShards
+from omni.model.attention import row_order
 from omni.model.config import TransformerConfig
 from omni.model.embeddings import start_from_codebook
 from omni.model.files import save_transformer
@@ -31,6 +32,8 @@ from omni_tokenizers.errors import UsageError
 from omni_tokenizers.losses.terms import Sum
 
 HELD_OUT_BATCH = 16
+_OF_THE_NEXT = ("ids", "segments", "modalities", "target")
+"""What the loss asks of the token that is predicted."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +119,16 @@ class TransformerTask(Task):
         """Cross-entropy in nats and z-loss (Chowdhery et al. 2022, arXiv:2204.02311) of each next token, weighted, and
         in training the routers' terms; metrics are of target tokens, unweighted."""
         names = self.shards.grammar.modalities
+        batch = dict(batch) | {f"following_{name}": following(batch[name]) for name in _OF_THE_NEXT}
+        if (order := row_order(batch["ids"].shape[1])) is not None:
+            batch = {name: x[:, order] for name, x in batch.items()}
         features = model.features(
-            batch["ids"], batch["positions"], batch["segments"], dropout_key=key if training else None
+            batch["ids"], batch["positions"], batch["segments"], dropout_key=key if training else None, order=order
         )
-        found = token_losses(features.stream, model.output_weights(), following(batch["ids"]), chunk=self.logits_chunk)
-        segments, modality = batch["segments"], following(batch["modalities"])
-        predicted = ((following(segments) == segments) & (segments > 0)).astype(jnp.float32)
-        target = following(batch["target"]) * predicted
+        found = token_losses(features.stream, model.output_weights(), batch["following_ids"], chunk=self.logits_chunk)
+        segments, modality = batch["segments"], batch["following_modalities"]
+        predicted = ((batch["following_segments"] == segments) & (segments > 0)).astype(jnp.float32)
+        target = batch["following_target"] * predicted
         by_modality = jnp.array([self.loss_weights.get(name, 1.0) for name in names], jnp.float32)
         weight = by_modality[modality] * (target + self.context_weight * (predicted - target))
         z = jnp.square(found.log_denominator)

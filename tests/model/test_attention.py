@@ -1,6 +1,11 @@
 """Attention in pieces and by other kernels is attention."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +14,7 @@ import pytest
 from transformer_cases import TINY
 
 from omni.model import splash
-from omni.model.attention import attend
+from omni.model.attention import as_they_come, attend, balanced_order
 from omni_tokenizers.errors import UsageError
 
 
@@ -56,10 +61,10 @@ def test_blocks_of_queries(block):
 def test_splash_is_attention():
     """The TPU kernel, interpreted: values of the reference, and gradients of the blocks'."""
     query, key, value, segments = example(256, heads=2, groups=1, head_dim=128, batch=1)
-    kernel = splash.make(2, 256, (128, 128), 1, 1, interpret=True)
+    kernel = splash.make(2, np.arange(256, dtype=np.int32), (128, 128), 1, 1, interpret=True)
 
     def read(query, key, value):
-        return splash.attend(kernel, query, key, value, segments, segments, 0)
+        return splash.attend(kernel, query, key, value, segments, segments, None)
 
     def blocks(query, key, value):
         return attend(TINY, query, key, value, segments)[0]
@@ -69,6 +74,47 @@ def test_splash_is_attention():
         jax.grad(lambda *qkv, f=f: jnp.sum(jnp.sin(f(*qkv))), (0, 1, 2))(query, key, value) for f in (read, blocks)
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *gradients)
+
+
+@pytest.mark.parametrize(("length", "count"), [(8, 2), (48, 8), (40, 5)])
+def test_the_balanced_order_is_fair(length, count):
+    """Every token stands in it once, all devices have equally many tokens before theirs, and it can be undone."""
+    order = balanced_order(length, count)
+    assert sorted(order) == list(range(length))
+    assert len({stretch.sum() for stretch in order.reshape(count, -1)}) == 1
+    tokens = np.random.default_rng(0).normal(size=(2, length, 3)).astype(np.float32)
+    np.testing.assert_array_equal(as_they_come(jnp.asarray(tokens[:, order]), count), tokens)
+
+
+SPLIT = """
+    import dataclasses, functools, jax, numpy as np
+    from test_attention import TINY, example
+    from omni.model import attention, splash
+    from omni.sharding import MeshConfig, ShardingRules, activations_on, make_mesh
+
+    splash.make = functools.partial(splash.make, interpret=True)
+    attention.check_kernel = lambda config: None
+    query, key, value, segments = example(1024, heads=4, groups=2, head_dim=128, batch=1)
+    expected = attention.attend(TINY, query, key, value, segments)[0]
+    for kernel in ("splash", "xla"):
+        config = dataclasses.replace(TINY, attention=kernel, attention_blocks=(128, 128))
+        with activations_on(make_mesh(MeshConfig(data=1, context=2, tensor=2)), ShardingRules()):
+            order = attention.row_order(1024)
+            assert order is not None
+            for order in (order, None):
+                how = np.arange(1024) if order is None else order
+                parts = [x[:, how] for x in (query, key, value, segments)]
+                found = jax.jit(lambda *x: attention.attend(config, *x, order)[0])(*parts)
+                np.testing.assert_allclose(found, expected[:, how], atol=1e-5)
+"""
+
+
+def test_split_over_devices_it_is_attention():
+    """Queries split along length and heads over four devices, in the balanced order and as they come, both kernels."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-c", textwrap.dedent(SPLIT)]
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_kernel_that_cannot_run_is_an_error():
