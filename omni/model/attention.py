@@ -44,12 +44,9 @@ def balanced_order(length: int, count: int) -> Int[np.ndarray, " length"]:
 
 
 def as_they_come(x: Shaped[Array, "batch length ..."], count: int) -> Shaped[Array, "batch length ..."]:
-    """Tokens in the order of their rows, that stand in the balanced order for so many devices.
-
-    Stretches side by side: the compiler makes copies of them, but a gather of indices.
-    """
-    stretches = jnp.split(x, 2 * count, axis=1)
-    return jnp.concatenate(stretches[::2] + stretches[::-2], axis=1)
+    """Tokens in the order of their rows, that stand in the balanced order for so many devices."""
+    stretches = x.reshape(x.shape[0], count, 2, -1, *x.shape[2:])
+    return jnp.stack([stretches[:, :, 0], stretches[:, ::-1, 1]], axis=1).reshape(x.shape)
 
 
 def attend(
