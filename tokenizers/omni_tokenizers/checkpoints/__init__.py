@@ -14,9 +14,8 @@ from etils import epath
 from omni_tokenizers import weights
 from omni_tokenizers.base import CHECKPOINT_CONFIG, NetTokenizer, read_object
 from omni_tokenizers.errors import OmniError, UsageError
+from omni_tokenizers.tensor_files import MODEL, open_directory
 
-_MODEL = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _LARGEST_DESCRIPTION = 1 << 24  # Chameleon's config.json holds its vocabulary: 2 MB
 
 
@@ -125,7 +124,7 @@ def export_checkpoint(tokenizer: NetTokenizer, directory: epath.PathLike) -> Non
     values, tensors = _imported(exporters[tokenizer.type])(tokenizer)
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    weights.write(directory / _MODEL, tensors, {"format": "pt"})
+    weights.write(directory / MODEL, tensors, {"format": "pt"})
     (directory / CHECKPOINT_CONFIG).write_text(json.dumps(values | {"dtype": "float32"}, indent=2) + "\n")
 
 
@@ -135,15 +134,7 @@ def read_prefixed(directory: epath.Path, prefix: str) -> dict[str, np.ndarray]:
     Raises:
         OmniError: no weights there, or damaged files.
     """
-    files, index = [_MODEL], directory / _INDEX
-    if index.exists():
-        places = read_object(index, _LARGEST_DESCRIPTION).get("weight_map")
-        if not isinstance(places, dict) or not all(_is_file_name(file) for file in places.values()):
-            raise OmniError(f"{index}: 'weight_map' must give the name of a file beside it for each tensor")
-        files = sorted({file for name, file in places.items() if name.startswith(prefix)})
-    tensors = {}
-    for file in files:
-        tensors |= weights.read_some(directory / file, lambda name: name.startswith(prefix))
+    tensors = open_directory(directory, lambda name: name.startswith(prefix))
     return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
@@ -191,10 +182,6 @@ def _arrays(content, source: str) -> dict[str, np.ndarray]:
             raise OmniError(f"{source}: expected named tensors, but {name!r} is {type(value).__name__}")
         arrays[str(name)] = (value.detach().float() if value.is_floating_point() else value.detach()).numpy()
     return arrays
-
-
-def _is_file_name(value) -> bool:
-    return isinstance(value, str) and "/" not in value and "\\" not in value
 
 
 def _imported(reader: str):
