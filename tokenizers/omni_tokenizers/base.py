@@ -39,6 +39,7 @@ TYPES = {
     "encodec": "omni_tokenizers.encodec:EncodecTokenizer",
     "mimi": "omni_tokenizers.mimi:MimiTokenizer",
     "video": "omni_tokenizers.video:VideoTokenizer",
+    "text_json": "omni_tokenizers.text_json:JsonTextTokenizer",
     "text_sentencepiece": "omni_tokenizers.text:TextTokenizer",
 }
 

@@ -1,0 +1,171 @@
+"""Public checkpoints of whole models, in and out: a file for each family, and what families share.
+
+A directory of transformers holds config.json, weights in safetensors and, if it is complete, tokenizer.json. What it
+holds besides in this package's own form (vocabulary.json, grammar.json, generation.json, tokenizers/MODALITY) goes
+before what its family is known for: so an export comes back as the model that it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from etils import epath
+from jax.sharding import Mesh
+
+import omni_tokenizers
+from omni.grammar import Grammar
+from omni.interop import llama, qwen3
+from omni.interop.family import Family, Preset
+from omni.interop.weights import places_in, read_transformer, their_shapes, their_tensors
+from omni.model import Transformer
+from omni.vocabulary import Vocabulary
+from omni_tokenizers.base import CHECKPOINT_CONFIG, read_object
+from omni_tokenizers.checkpoints.family import Settings
+from omni_tokenizers.errors import OmniError
+from omni_tokenizers.tensor_files import open_directory, write_directory
+from omni_tokenizers.text_json import JsonTextTokenizer
+
+if TYPE_CHECKING:
+    from omni.bundle import Model
+
+LARGEST_CONFIG = 1 << 24  # Chameleon's config.json holds its vocabulary: 2 MB
+TOKENIZER = "tokenizer.json"
+FAMILIES: dict[str, Family] = {family.name: family for family in (llama.FAMILY, qwen3.FAMILY)}
+"""By "model_type" in config.json."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """What a `Model` is made of."""
+
+    transformer: Transformer
+    vocabulary: Vocabulary
+    grammar: Grammar
+    tokenizers: Mapping[str, omni_tokenizers.Tokenizer]
+    context_length: int
+    generation: Mapping[str, Mapping[str, float]] | None
+
+
+def load_checkpoint(directory: epath.PathLike, mesh: Mesh | None = None, dtype: str = "float32") -> Pieces:
+    """A public checkpoint's model.
+
+    Tensors go one by one to the device or the devices, so that the host holds about one of them at a time. Where the
+    published vocabulary lacks a token that the grammar needs (a turn, padding), the embedding and the head get rows
+    behind the published ones, each the mean of those, and logits of published ids stay what they were.
+
+    Args:
+      mesh: the devices over which parameters are laid out by `ShardingRules`; None for one.
+      dtype: type in which matrices are kept and activations computed, float32 or bfloat16.
+
+    Raises:
+      OmniError: an unknown family, settings that are not supported, or files that are missing or damaged.
+    """
+    directory = epath.Path(directory)
+    path = directory / CHECKPOINT_CONFIG
+    settings = Settings(read_object(path, LARGEST_CONFIG), str(path))
+    family = _family(settings)
+    try:
+        config = family.read(settings)
+    except OmniError as error:
+        raise OmniError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
+    preset = _own_preset(directory) or family.preset(settings, config, _text(directory))
+    if preset.vocabulary.size < config.vocabulary_size:
+        found = f"{preset.vocabulary.size} ids, {path.name} {config.vocabulary_size}"
+        raise OmniError(f"{directory}: vocabulary.json has {found}; they are of different models")
+    tensors = open_directory(directory)
+    places, published = places_in(tensors, config, family), config.vocabulary_size
+    config = dataclasses.replace(config, vocabulary_size=preset.vocabulary.size, compute_dtype=dtype)
+    transformer = read_transformer(config, tensors, places, published, mesh)
+    settings_file = directory / "generation.json"
+    return Pieces(
+        transformer,
+        preset.vocabulary,
+        Grammar(dict(preset.declaration), preset.vocabulary),
+        _tokenizers(directory, family, preset),
+        family.section(settings).get("max_position_embeddings", family.context_length),
+        read_object(settings_file) if settings_file.exists() else None,
+    )
+
+
+def _family(settings: Settings) -> Family:
+    kind = settings.values.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise OmniError(f"{settings.source}: no model of type {kind!r} can be read; supported are {known}")
+    return FAMILIES[kind]
+
+
+def _own_preset(directory: epath.Path) -> Preset | None:
+    """Vocabulary and grammar as this package has them, where an export left them."""
+    paths = [directory / "vocabulary.json", directory / "grammar.json"]
+    if not all(path.exists() for path in paths):
+        return None
+    vocabulary, declaration = (read_object(path, LARGEST_CONFIG) for path in paths)
+    return Preset(Vocabulary.from_json(vocabulary), declaration)
+
+
+def _text(directory: epath.Path) -> JsonTextTokenizer | None:
+    path = directory / TOKENIZER
+    return JsonTextTokenizer.from_file(path) if path.exists() else None
+
+
+def _tokenizers(directory: epath.Path, family: Family, preset: Preset) -> dict[str, omni_tokenizers.Tokenizer]:
+    """Tokenizers of each modality, as far as their files are there."""
+    found = dict(family.tokenizers(directory))
+    modalities = preset.declaration["modalities"]
+    if (directory / TOKENIZER).exists():
+        ids = preset.vocabulary.block(modalities["text"]["block"])
+        found["text"] = JsonTextTokenizer.from_file(directory / TOKENIZER, ids)
+    for modality in modalities:
+        own = directory / "tokenizers" / modality
+        if own.exists():
+            found[modality] = omni_tokenizers.load(own)
+    return found
+
+
+def export_checkpoint(model: Model, directory: epath.PathLike, dtype: str = "float32") -> None:
+    """Writes a model as a directory that transformers loads, and `load_checkpoint` again as the model that it is.
+
+    The vocabulary, the grammar and what transformers has no place for (such as decoders of pictures) go beside it, in
+    this package's own form, which transformers ignores.
+
+    Args:
+      dtype: type in which weights are stored: float32, float16 or bfloat16.
+
+    Raises:
+      OmniError: transformers has no such model.
+    """
+    family = _family_like(model)
+    directory = epath.Path(directory)
+    places, more = family.places(model.config, family.prefix), family.more_tensors(model)
+    shapes = their_shapes(model.transformer, places) | {name: value.shape for name, value in more.items()}
+    tensors = itertools.chain(their_tensors(model.transformer, places), more.items())
+    write_directory(directory, shapes, tensors, dtype)
+    _write_json(directory / CHECKPOINT_CONFIG, family.write(model) | {"dtype": dtype})
+    _write_json(directory / "vocabulary.json", model.vocabulary.to_json())
+    _write_json(directory / "grammar.json", model.grammar.to_json())
+    if model.generation:
+        _write_json(directory / "generation.json", model.generation)
+    for modality, tokenizer in model.tokenizers.items():
+        if isinstance(tokenizer, JsonTextTokenizer):
+            tokenizer.write_original(directory)
+        else:
+            tokenizer.save(directory / "tokenizers" / modality)
+
+
+def _family_like(model: Model) -> Family:
+    """The family to which a model belongs by its configuration and its pieces."""
+    lacks = {family.name: family.lacks(model) for family in FAMILIES.values()}
+    for name, what in lacks.items():
+        if what is None:
+            return FAMILIES[name]
+    reasons = ", ".join(f"{name} has no {what}" for name, what in lacks.items())
+    raise OmniError(f"transformers has no model like this one: {reasons}")
+
+
+def _write_json(path: epath.Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")

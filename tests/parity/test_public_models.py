@@ -1,0 +1,128 @@
+"""Whole public models against transformers, every parameter noise: logits, greedy replies, the way in and out."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import omni
+from omni.model import apply_decoder, init_cache, make_decoder
+from omni_tokenizers import weights
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install 'omni-any-to-any[parity]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install 'omni-any-to-any[parity]'")
+
+from their_models import CASES, greedy, loaded, their_logits  # noqa: E402
+
+pytestmark = pytest.mark.parity
+
+TOLERANCE = 1e-4
+"""Of the largest logit, or of 1."""
+SHAPES = ((1, 1), (3, 7), (1, 24), (3, 40))
+"""Batches and lengths."""
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """The model of a case and the directory that transformers wrote."""
+
+    @functools.cache
+    def made(name):
+        model, directory = CASES[name].model(), tmp_path_factory.mktemp(name.replace(" ", "_"))
+        model.save_pretrained(directory)
+        return model, directory
+
+    return made
+
+
+def ids_of(model, batch: int, length: int) -> np.ndarray:
+    """Random published ids: of a family with pictures, text and codes of pictures alike."""
+    return np.random.default_rng(length).integers(0, model.config.get_text_config().vocab_size, (batch, length))
+
+
+def logits(model, ids: np.ndarray) -> np.ndarray:
+    """Our logits in full precision."""
+    with jax.default_matmul_precision("highest"):
+        return model.logits(ids)
+
+
+def error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest difference at published ids, as a part of the largest logit, or of 1."""
+    ours = ours[..., : theirs.shape[-1]]
+    return float(np.abs(ours - theirs).max() / max(1, np.abs(theirs).max()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_theirs(name, theirs, capsys):
+    """A directory that transformers wrote gives its logits, at several lengths, alone and in a batch."""
+    model, directory = theirs(name)
+    ours, errors = omni.load(directory), []
+    for shape in SHAPES:
+        ids = ids_of(model, *shape)
+        expected = their_logits(model, ids)
+        assert expected.std() > 0.1
+        errors.append(error(logits(ours, ids), expected))
+    with capsys.disabled():
+        print(f"\n{name}: logits {max(errors):.1e}", end="")
+    assert max(errors) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_tensor_matters(name, theirs, tmp_path):
+    """With any one imported tensor changed the comparison fails."""
+    model, directory = theirs(name)
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    tensors = weights.read(directory / "model.safetensors")
+    ids, random = ids_of(model, 1, 12), np.random.default_rng(0)
+    expected = their_logits(model, ids)
+    changed = [key for key in tensors if "vqmodel" not in key]
+    assert len(changed) > 3 * 9
+    for key in changed:
+        noise = 0.3 * random.standard_normal(tensors[key].shape).astype(np.float32)
+        weights.write(tmp_path / "model.safetensors", tensors | {key: tensors[key] + noise})
+        assert error(logits(omni.load(tmp_path), ids), expected) > 10 * TOLERANCE, key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_tokens_equal_theirs_with_and_without_cache(name, theirs):
+    """64 likeliest tokens, one after the other: with our cache, without it, and theirs are the same."""
+    model, directory = theirs(name)
+    ours, prompt = omni.load(directory), ids_of(model, 2, 9)
+    published = model.config.get_text_config().vocab_size
+    decoder = make_decoder(ours.transformer)
+    step = jax.jit(apply_decoder)
+    cache, given, found = init_cache(ours.config, 2, 80), prompt, []
+    with jax.default_matmul_precision("highest"):
+        for index in range(64):
+            start = 0 if index == 0 else prompt.shape[1] + index - 1
+            positions = jnp.broadcast_to(start + jnp.arange(given.shape[1])[None, :, None], (*given.shape, 3))
+            found_logits, cache = step(decoder, jnp.asarray(given, jnp.int32), positions, jnp.full(2, start), cache)
+            given = np.asarray(found_logits[:, -1:, :published].argmax(-1))
+            found.append(given[:, 0])
+    cached = np.stack(found, 1)
+    whole = np.concatenate([prompt, cached], axis=1)
+    np.testing.assert_array_equal(logits(ours, whole)[:, 8:-1, :published].argmax(-1), cached)
+    np.testing.assert_array_equal(greedy(model, prompt, 64), cached)
+    assert len(np.unique(cached)) > 4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_export_is_what_transformers_loads(name, theirs, tmp_path, capsys):
+    """Read, written, and read by transformers: every key known, none missing, the same logits; and so again here."""
+    model, directory = theirs(name)
+    ours, ids = omni.load(directory), ids_of(model, 3, 24)
+    ours.export(tmp_path / "theirs")
+    again, unknown = loaded(tmp_path / "theirs")
+    assert unknown == []
+    found = (
+        error(logits(ours, ids), their_logits(again, ids)),
+        error(their_logits(again, ids), their_logits(model, ids)),
+    )
+    with capsys.disabled():
+        print(f"\n{name}: exported {max(found):.1e}", end="")
+    assert max(found) < TOLERANCE
+    back = omni.load(tmp_path / "theirs")
+    assert back.vocabulary.hash == ours.vocabulary.hash and back.grammar.hash == ours.grammar.hash
+    np.testing.assert_array_equal(back.logits(ids), ours.logits(ids))

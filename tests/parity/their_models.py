@@ -1,0 +1,92 @@
+"""Tiny language models of transformers with noise in every parameter, as directories, and what they say of ids."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+VOCABULARY = 96
+_SHARED = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 160,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Of a head's eight wavelengths (6 to 1400 tokens) some are above, some below, some between 64 / 4 and 64 / 1.
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Theirs:
+    """A family of transformers at one tiny configuration."""
+
+    kind: str
+    """Name of the classes before Config and ForCausalLM (or ForConditionalGeneration)."""
+    settings: dict[str, Any]
+
+    def model(self):
+        """The model, in evaluation, every parameter noise."""
+        config = getattr(transformers, f"{self.kind}Config")(**self.settings)
+        name = "ForCausalLM" if hasattr(transformers, f"{self.kind}ForCausalLM") else "ForConditionalGeneration"
+        model = getattr(transformers, self.kind + name)._from_config(config, attn_implementation="eager")
+        return randomised(model)
+
+
+CASES = {
+    "llama": Theirs("Llama", _SHARED | {"head_dim": 16}),
+    "llama tied": Theirs("Llama", _SHARED | {"tie_word_embeddings": True}),
+    "llama 3": Theirs("Llama", _SHARED | {"head_dim": 16, "rope_parameters": _LLAMA3}),
+    "qwen3": Theirs("Qwen3", _SHARED | {"head_dim": 16, "eos_token_id": 1}),
+    "qwen3 tied": Theirs("Qwen3", _SHARED | {"head_dim": 12, "tie_word_embeddings": True}),
+}
+
+
+def randomised(model):
+    """The model with noise in place of every parameter; scales of norms lie around 1."""
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = 0.3 * torch.randn(parameter.shape, generator=random)
+            parameter.copy_(noise + (1 if name.endswith("norm.weight") else 0))
+    return model.eval().requires_grad_(False)
+
+
+def their_logits(model, ids: np.ndarray) -> np.ndarray:
+    """float32 [batch, length, vocabulary], before any mask that a family lays over them."""
+    with torch.no_grad():
+        return model.lm_head(model.model(input_ids=torch.tensor(ids)).last_hidden_state).numpy()
+
+
+def greedy(model, ids: np.ndarray, tokens: int) -> np.ndarray:
+    """The likeliest tokens one after the other, each from a pass over all before it: [batch, tokens]."""
+    for _ in range(tokens):
+        best = their_logits(model, ids)[:, -1].argmax(-1)
+        ids = np.concatenate([ids, best[:, None]], axis=1)
+    return ids[:, -tokens:]
+
+
+def loaded(directory: Path):
+    """What transformers makes of a directory, and the keys that it misses or does not know."""
+    found = transformers.AutoConfig.from_pretrained(directory)
+    kind = getattr(transformers, found.architectures[0])
+    model, report = kind.from_pretrained(directory, output_loading_info=True, attn_implementation="eager")
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    return model.eval(), [key for kind in kinds for key in report[kind]]
