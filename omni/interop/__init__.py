@@ -24,6 +24,7 @@ from omni.interop.weights import places_in, read_transformer, their_shapes, thei
 from omni.model import Transformer
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.base import CHECKPOINT_CONFIG, read_object
+from omni_tokenizers.checkpoints import PLACES
 from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.errors import OmniError
 from omni_tokenizers.tensor_files import open_directory, write_directory
@@ -48,6 +49,22 @@ class Pieces:
     tokenizers: Mapping[str, omni_tokenizers.Tokenizer]
     context_length: int
     generation: Mapping[str, Mapping[str, float]] | None
+
+
+def holds_model(path: epath.PathLike) -> bool:
+    """Whether this is the directory of a whole model, rather than of a tokenizer, or a file.
+
+    Raises:
+      OmniError: a directory of transformers with neither that is known here.
+    """
+    path = epath.Path(path) / CHECKPOINT_CONFIG
+    if not path.exists():
+        return False
+    kind = read_object(path, LARGEST_CONFIG).get("model_type")
+    if not isinstance(kind, str) or (kind not in FAMILIES and kind not in PLACES):
+        known = f"supported are {', '.join(FAMILIES)}; of tokenizers {', '.join(PLACES)}"
+        raise OmniError(f"{path}: nothing of type {kind!r} can be read; {known}")
+    return kind in FAMILIES
 
 
 def load_checkpoint(directory: epath.PathLike, mesh: Mesh | None = None, dtype: str = "float32") -> Pieces:

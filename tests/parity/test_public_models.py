@@ -3,18 +3,20 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import omni
-from omni.model import apply_decoder, init_cache, make_decoder
 from omni_tokenizers import weights
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install 'omni-any-to-any[parity]'")
-pytest.importorskip("transformers", reason="needs transformers: pip install 'omni-any-to-any[parity]'")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'omni-any-to-any[parity]'")
 
+from public_models import greedy_with_cache, largest_error  # noqa: E402
+from text_json import SAMPLE, trained  # noqa: E402
 from their_models import CASES, greedy, loaded, their_logits  # noqa: E402
+
+from omni_tokenizers.text_json import JsonTextTokenizer  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -30,9 +32,8 @@ def theirs(tmp_path_factory):
 
     @functools.cache
     def made(name):
-        model, directory = CASES[name].model(), tmp_path_factory.mktemp(name.replace(" ", "_"))
-        model.save_pretrained(directory)
-        return model, directory
+        directory = tmp_path_factory.mktemp(name.replace(" ", "_"))
+        return CASES[name].write(directory), directory
 
     return made
 
@@ -48,12 +49,6 @@ def logits(model, ids: np.ndarray) -> np.ndarray:
         return model.logits(ids)
 
 
-def error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The largest difference at published ids, as a part of the largest logit, or of 1."""
-    ours = ours[..., : theirs.shape[-1]]
-    return float(np.abs(ours - theirs).max() / max(1, np.abs(theirs).max()))
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_theirs(name, theirs, capsys):
     """A directory that transformers wrote gives its logits, at several lengths, alone and in a batch."""
@@ -63,7 +58,7 @@ def test_logits_equal_theirs(name, theirs, capsys):
         ids = ids_of(model, *shape)
         expected = their_logits(model, ids)
         assert expected.std() > 0.1
-        errors.append(error(logits(ours, ids), expected))
+        errors.append(largest_error(logits(ours, ids), expected))
     with capsys.disabled():
         print(f"\n{name}: logits {max(errors):.1e}", end="")
     assert max(errors) < TOLERANCE
@@ -82,7 +77,7 @@ def test_every_tensor_matters(name, theirs, tmp_path):
     for key in changed:
         noise = 0.3 * random.standard_normal(tensors[key].shape).astype(np.float32)
         weights.write(tmp_path / "model.safetensors", tensors | {key: tensors[key] + noise})
-        assert error(logits(omni.load(tmp_path), ids), expected) > 10 * TOLERANCE, key
+        assert largest_error(logits(omni.load(tmp_path), ids), expected) > 10 * TOLERANCE, key
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -91,17 +86,7 @@ def test_greedy_tokens_equal_theirs_with_and_without_cache(name, theirs):
     model, directory = theirs(name)
     ours, prompt = omni.load(directory), ids_of(model, 2, 9)
     published = model.config.get_text_config().vocab_size
-    decoder = make_decoder(ours.transformer)
-    step = jax.jit(apply_decoder)
-    cache, given, found = init_cache(ours.config, 2, 80), prompt, []
-    with jax.default_matmul_precision("highest"):
-        for index in range(64):
-            start = 0 if index == 0 else prompt.shape[1] + index - 1
-            positions = jnp.broadcast_to(start + jnp.arange(given.shape[1])[None, :, None], (*given.shape, 3))
-            found_logits, cache = step(decoder, jnp.asarray(given, jnp.int32), positions, jnp.full(2, start), cache)
-            given = np.asarray(found_logits[:, -1:, :published].argmax(-1))
-            found.append(given[:, 0])
-    cached = np.stack(found, 1)
+    cached = greedy_with_cache(ours, prompt, 64, published)
     whole = np.concatenate([prompt, cached], axis=1)
     np.testing.assert_array_equal(logits(ours, whole)[:, 8:-1, :published].argmax(-1), cached)
     np.testing.assert_array_equal(greedy(model, prompt, 64), cached)
@@ -117,8 +102,8 @@ def test_export_is_what_transformers_loads(name, theirs, tmp_path, capsys):
     again, unknown = loaded(tmp_path / "theirs")
     assert unknown == []
     found = (
-        error(logits(ours, ids), their_logits(again, ids)),
-        error(their_logits(again, ids), their_logits(model, ids)),
+        largest_error(logits(ours, ids), their_logits(again, ids)),
+        largest_error(their_logits(again, ids), their_logits(model, ids)),
     )
     with capsys.disabled():
         print(f"\n{name}: exported {max(found):.1e}", end="")
@@ -126,3 +111,23 @@ def test_export_is_what_transformers_loads(name, theirs, tmp_path, capsys):
     back = omni.load(tmp_path / "theirs")
     assert back.vocabulary.hash == ours.vocabulary.hash and back.grammar.hash == ours.grammar.hash
     np.testing.assert_array_equal(back.logits(ids), ours.logits(ids))
+
+
+def test_a_model_made_here_is_transformers_own(tiny_model, tmp_path):
+    """What this package trains, written for transformers, gives the same logits there at all ids."""
+    tiny_model.export(tmp_path)
+    theirs, unknown = loaded(tmp_path)
+    ids = np.random.default_rng(0).integers(0, tiny_model.vocabulary.size, (2, 20))
+    assert unknown == [] and largest_error(logits(tiny_model, ids), their_logits(theirs, ids)) < TOLERANCE
+
+
+def test_text_ids_equal_theirs(theirs, tmp_path):
+    """Many scripts, code and emoji: ids of transformers' tokenizer, from a checkpoint and from its export."""
+    (tmp_path / "tokenizer.json").write_text(trained())
+    mine = JsonTextTokenizer.from_file(tmp_path / "tokenizer.json")
+    mine.write_original(tmp_path)
+    (tmp_path / "config.json").write_text((theirs("llama")[1] / "config.json").read_text())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in SAMPLE:
+        expected = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert mine.ids[mine.encode(text)].tolist() == expected

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from public_models import noise_tensors
+
+from omni_tokenizers import weights
 
 VOCABULARY = 96
 _SHARED = {
@@ -42,12 +45,14 @@ class Theirs:
     """Name of the classes before Config and ForCausalLM (or ForConditionalGeneration)."""
     settings: dict[str, Any]
 
-    def model(self):
-        """The model, in evaluation, every parameter noise."""
-        config = getattr(transformers, f"{self.kind}Config")(**self.settings)
+    def write(self, directory: Path):
+        """Writes the model, every tensor noise, and returns it, in evaluation."""
         name = "ForCausalLM" if hasattr(transformers, f"{self.kind}ForCausalLM") else "ForConditionalGeneration"
-        model = getattr(transformers, self.kind + name)._from_config(config, attn_implementation="eager")
-        return randomised(model)
+        kind = getattr(transformers, self.kind + name)
+        kind(getattr(transformers, f"{self.kind}Config")(**self.settings)).save_pretrained(directory)
+        shapes = {key: list(value.shape) for key, value in weights.read(directory / "model.safetensors").items()}
+        weights.write(directory / "model.safetensors", noise_tensors(shapes), {"format": "pt"})
+        return kind.from_pretrained(directory, attn_implementation="eager").eval().requires_grad_(False)
 
 
 CASES = {
@@ -57,16 +62,6 @@ CASES = {
     "qwen3": Theirs("Qwen3", _SHARED | {"head_dim": 16, "eos_token_id": 1}),
     "qwen3 tied": Theirs("Qwen3", _SHARED | {"head_dim": 12, "tie_word_embeddings": True}),
 }
-
-
-def randomised(model):
-    """The model with noise in place of every parameter; scales of norms lie around 1."""
-    random = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = 0.3 * torch.randn(parameter.shape, generator=random)
-            parameter.copy_(noise + (1 if name.endswith("norm.weight") else 0))
-    return model.eval().requires_grad_(False)
 
 
 def their_logits(model, ids: np.ndarray) -> np.ndarray:

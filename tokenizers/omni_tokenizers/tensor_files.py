@@ -50,6 +50,9 @@ class TensorFiles(Mapping[str, np.ndarray]):
         except ValueError as error:
             raise OmniError(f"{entry.path}: not a whole safetensors file ({error})") from None
 
+    def __contains__(self, name: object) -> bool:  # a Mapping's own would read the tensor
+        return name in self._entries
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
