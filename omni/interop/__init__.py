@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 import omni_tokenizers
 from omni.grammar import Grammar
-from omni.interop import llama, qwen3
+from omni.interop import chameleon, llama, qwen3
 from omni.interop.family import Family, Preset
 from omni.interop.weights import places_in, read_transformer, their_shapes, their_tensors
 from omni.model import Transformer
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 LARGEST_CONFIG = 1 << 24  # Chameleon's config.json holds its vocabulary: 2 MB
 TOKENIZER = "tokenizer.json"
-FAMILIES: dict[str, Family] = {family.name: family for family in (llama.FAMILY, qwen3.FAMILY)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (llama.FAMILY, qwen3.FAMILY, chameleon.FAMILY)}
 """By "model_type" in config.json."""
 
 
@@ -102,7 +102,7 @@ def load_checkpoint(directory: epath.PathLike, mesh: Mesh | None = None, dtype: 
         transformer,
         preset.vocabulary,
         Grammar(dict(preset.declaration), preset.vocabulary),
-        _tokenizers(directory, family, preset),
+        _tokenizers(directory, family, preset, any(name.startswith(family.others) for name in tensors)),
         family.section(settings).get("max_position_embeddings", family.context_length),
         read_object(settings_file) if settings_file.exists() else None,
     )
@@ -130,18 +130,17 @@ def _text(directory: epath.Path) -> JsonTextTokenizer | None:
     return JsonTextTokenizer.from_file(path) if path.exists() else None
 
 
-def _tokenizers(directory: epath.Path, family: Family, preset: Preset) -> dict[str, omni_tokenizers.Tokenizer]:
-    """Tokenizers of each modality, as far as their files are there."""
-    found = dict(family.tokenizers(directory))
+def _tokenizers(
+    directory: epath.Path, family: Family, preset: Preset, inside: bool
+) -> dict[str, omni_tokenizers.Tokenizer]:
+    """Tokenizers, as far as they are there; this package's own go before those `inside` the weights."""
     modalities = preset.declaration["modalities"]
-    if (directory / TOKENIZER).exists():
+    own = {modality: directory / "tokenizers" / modality for modality in modalities}
+    found = {modality: omni_tokenizers.load(path) for modality, path in own.items() if path.exists()}
+    if "text" not in found and (directory / TOKENIZER).exists():
         ids = preset.vocabulary.block(modalities["text"]["block"])
         found["text"] = JsonTextTokenizer.from_file(directory / TOKENIZER, ids)
-    for modality in modalities:
-        own = directory / "tokenizers" / modality
-        if own.exists():
-            found[modality] = omni_tokenizers.load(own)
-    return found
+    return family.tokenizers(directory) | found if inside and "image" not in found else found
 
 
 def export_checkpoint(model: Model, directory: epath.PathLike, dtype: str = "float32") -> None:
@@ -170,7 +169,7 @@ def export_checkpoint(model: Model, directory: epath.PathLike, dtype: str = "flo
     for modality, tokenizer in model.tokenizers.items():
         if isinstance(tokenizer, JsonTextTokenizer):
             tokenizer.write_original(directory)
-        else:
+        elif modality not in family.carries(model):
             tokenizer.save(directory / "tokenizers" / modality)
 
 

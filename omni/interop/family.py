@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,6 +69,8 @@ class Family:
     """Tokenizers inside the weights, by modality."""
     more_tensors: Callable[[Model], Mapping[str, np.ndarray]] = lambda model: {}
     """Tensors of an export that are not the transformer's."""
+    carries: Callable[[Model], Collection[str]] = lambda model: ()
+    """Modalities whose tokenizers such an export holds whole."""
     section: Callable[[Settings], Settings] = lambda settings: settings
     """The part of a config.json that is about the transformer."""
 
@@ -232,7 +234,7 @@ def text_preset(settings: Settings, config: TransformerConfig, text: JsonTextTok
     names = {role: f"<{role}>" for role in ("bos", "turn", "eos", "pad")}
     if "bos" in ids and ids["bos"] == ids.get("eos"):
         names["bos"] = names["eos"]
-    size = with_new_ids(ids, published)
+    size = with_new_ids(ids, published, ("bos", "turn", "eos", "pad"))
     special = {names[role]: token for role, token in ids.items()}
     pieces = text_ids(published, text, list(ids.values()))
     declaration = {"format": 1, "control": names, "modalities": {"text": {"block": "text"}}}
@@ -253,9 +255,9 @@ def control_ids(settings: Settings, published: int) -> dict[str, int]:
     return ids
 
 
-def with_new_ids(ids: dict[str, int], published: int) -> int:
-    """Gives the control tokens that `ids` lacks ids behind the published ones; the vocabulary's size with them."""
-    new = [role for role in ("bos", "turn", "eos", "pad") if role not in ids]
+def with_new_ids(ids: dict[str, int], published: int, roles: Sequence[str]) -> int:
+    """Gives the roles that `ids` lacks ids behind the published ones; the vocabulary's size with them."""
+    new = [role for role in roles if role not in ids]
     ids |= {role: published + number for number, role in enumerate(new)}
     return -(-(published + len(new)) // MULTIPLE) * MULTIPLE if new else published
 

@@ -35,6 +35,24 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+# Codes of pictures lie scattered among text, in no order.
+_CODES = (*"ABCDEFGHIJ", "BA", "BB", "BC", "BD", "BE", "BF")
+_SCATTERED = (40, 7, 23, 61, 12, 33, 58, 19, 70, 26, 9, 47, 66, 15, 52, 30)
+_CHAMELEON = _SHARED | {
+    "rms_norm_eps": 1e-5,
+    "vq_config": {
+        "base_channels": 32,
+        "channel_multiplier": [1, 1],
+        "num_res_blocks": 1,
+        "embed_dim": 8,
+        "latent_channels": 8,
+        "num_embeddings": 16,
+        "resolution": 8,
+    },
+    "vocabulary_map": {f"IMGIMG{name}Z": token for name, token in zip(_CODES, _SCATTERED, strict=True)}
+    | {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<eoss>": 80, "<racm3:break>": 81, "<image>": 82}
+    | {"<reserved08706>": 83, "<reserved08708>": 84},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +78,8 @@ CASES = {
     "llama tied": Theirs("Llama", _SHARED | {"tie_word_embeddings": True}),
     "llama 3": Theirs("Llama", _SHARED | {"head_dim": 16, "rope_parameters": _LLAMA3}),
     "qwen3": Theirs("Qwen3", _SHARED | {"head_dim": 16, "eos_token_id": 1}),
+    "chameleon": Theirs("Chameleon", _CHAMELEON),
+    "chameleon swin": Theirs("Chameleon", _CHAMELEON | {"swin_norm": True, "model_parallel_size": 2}),
     "qwen3 tied": Theirs("Qwen3", _SHARED | {"head_dim": 12, "tie_word_embeddings": True}),
 }
 

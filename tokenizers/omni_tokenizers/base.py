@@ -176,7 +176,7 @@ def load(directory: epath.PathLike) -> Tokenizer:
         OmniError: no tokenizer there, an unknown type, or files that are damaged or do not belong together.
     """
     directory = epath.Path(directory)
-    if not (directory / DESCRIPTION).exists() and (directory / CHECKPOINT_CONFIG).exists():
+    if (directory / CHECKPOINT_CONFIG).exists():  # which may have a tokenizer.json, too, of another kind
         checkpoints = importlib.import_module("omni_tokenizers.checkpoints")
         return checkpoints.load_checkpoint(directory)
     description = read_description(directory)
