@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 import omni_tokenizers
 from omni.grammar import Grammar
-from omni.interop import chameleon, llama, qwen3
+from omni.interop import chameleon, emu3, llama, qwen3
 from omni.interop.family import Family, Preset
 from omni.interop.weights import places_in, read_transformer, their_shapes, their_tensors
 from omni.model import Transformer
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 LARGEST_CONFIG = 1 << 24  # Chameleon's config.json holds its vocabulary: 2 MB
 TOKENIZER = "tokenizer.json"
-FAMILIES: dict[str, Family] = {family.name: family for family in (llama.FAMILY, qwen3.FAMILY, chameleon.FAMILY)}
-"""By "model_type" in config.json."""
+FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (chameleon, emu3, llama, qwen3)}
+"""By "model_type"; an export is of the first that lacks nothing, so those with tokenizers of their own stand first."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int
 
 import omni_tokenizers
 from omni.interop.family import (
@@ -28,11 +27,11 @@ from omni.interop.family import (
     with_new_ids,
     write_config,
 )
+from omni.interop.pictures import PLACEHOLDER, code_table, vocabulary_map
 from omni.model import TransformerConfig
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.checkpoints.vqgan import to_transformers, without_decoder
-from omni_tokenizers.errors import OmniError
 from omni_tokenizers.text_json import JsonTextTokenizer
 from omni_tokenizers.vqgan import VQGANTokenizer
 
@@ -59,7 +58,6 @@ ROLES = {
     "end": "<eoss>",
 }
 """Names in the vocabulary of what a document is written with."""
-PLACEHOLDER = "<image>"
 _VQMODEL = "model.vqmodel."
 _LETTERS, _DIGITS = "ABCDEFGHIJ", "0123456789"
 _CODE = re.compile(rf"IMGIMG([{_LETTERS}]+)Z")
@@ -79,9 +77,10 @@ def preset(settings: Settings, config: TransformerConfig, text: JsonTextTokenize
     Raises:
       OmniError: no map, or names of pictures' codes that are not those of 0, 1, 2, ..., each once.
     """
-    names = _vocabulary_map(settings, config.vocabulary_size)
+    names = vocabulary_map(settings, config.vocabulary_size)
     pictures = Settings(settings.values.get("vq_config") or {}, f"{settings.source}: vq_config")
-    codes = image_ids(names, pictures.get("num_embeddings", 8192), settings.source)
+    named = [(_code(name), token) for name, token in names.items() if _CODE.fullmatch(name)]
+    codes = code_table(named, pictures.get("num_embeddings", 8192), settings.source)
     side = pictures.get("resolution", 512) >> (len(pictures.get("channel_multiplier", (1, 1, 2, 2, 4))) - 1)
     ids = control_ids(settings, config.vocabulary_size)
     ids |= {role: names[name] for role, name in ROLES.items() if name in names}
@@ -103,36 +102,13 @@ def grammar(*shapes: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     }
 
 
-def _vocabulary_map(settings: Settings, published: int) -> dict[str, int]:
-    names = settings.values.get("vocabulary_map")
-    if not isinstance(names, dict) or not names:
-        raise OmniError(
-            f"{settings.source}: no vocabulary_map, which says which ids are pictures; take it from the hub"
-        )
-    for name, token in names.items():
-        if type(token) is not int or not 0 <= token < published:
-            raise OmniError(f"{settings.source}: vocabulary_map: {name!r} has {token!r}, no id below {published}")
-    return names
+def _code(name: str) -> int:
+    """The code that a name stands for."""
+    return int(_CODE.fullmatch(name)[1].translate(str.maketrans(_LETTERS, _DIGITS)))
 
 
-def image_ids(names: Mapping[str, int], codes: int, source: str) -> Int[np.ndarray, " codes"]:
-    """The id of each code of a picture.
-
-    Raises:
-      OmniError: names are not those of all codes, each once, or two of them have one id.
-    """
-    found = {int(match[1].translate(str.maketrans(_LETTERS, _DIGITS))): names[match[0]] for match in _codes(names)}
-    number = sum(1 for _ in _codes(names))
-    if number != codes or found.keys() != set(range(codes)) or len(set(found.values())) != codes:
-        raise OmniError(
-            f"{source}: vocabulary_map has {number} names of codes of pictures, for {len(found)} codes and "
-            f"{len(set(found.values()))} ids; vq_config has {codes} codes, each of which needs one name and one id"
-        )
-    return np.array([found[code] for code in range(codes)], np.int32)
-
-
-def _codes(names: Mapping[str, int]) -> list[re.Match]:
-    return [match for match in map(_CODE.fullmatch, names) if match]
+def _name(code: int) -> str:
+    return f"IMGIMG{str(code).translate(str.maketrans(_DIGITS, _LETTERS))}Z"
 
 
 def write(model: Model) -> dict[str, Any]:
@@ -140,8 +116,7 @@ def write(model: Model) -> dict[str, Any]:
     values = write_config(model, "chameleon", "ChameleonForConditionalGeneration")
     del values["head_dim"]
     pictures, _ = to_transformers(without_decoder(model.tokenizers["image"]))
-    codes = model.vocabulary.block("image").tolist()
-    names = {f"IMGIMG{str(code).translate(str.maketrans(_DIGITS, _LETTERS))}Z": i for code, i in enumerate(codes)}
+    names = {_name(code): token for code, token in enumerate(model.vocabulary.block("image").tolist())}
     swin = model.config.norm_order == "swin"
     more = {"swin_norm": swin, "model_parallel_size": 1, "attention_bias": False, "mlp_bias": False}
     return values | more | {"vq_config": pictures, "vocabulary_map": dict(model.vocabulary.special) | names}

@@ -61,8 +61,8 @@ class Family:
     """Which tensor is which, for a configuration and a prefix of names."""
     prefix: str = "model."
     """What stands before the names of the transformer's tensors."""
-    older_prefixes: tuple[str, ...] = ()
-    """What older files have in its place."""
+    other_prefixes: tuple[str, ...] = ()
+    """What may stand in its place."""
     others: tuple[str, ...] = ()
     """Beginnings of the names of tensors that are not the transformer's."""
     tokenizers: Callable[[epath.Path], Mapping[str, omni_tokenizers.Tokenizer]] = lambda directory: {}

@@ -32,7 +32,7 @@ def places_in(tensors: TensorFiles, config: TransformerConfig, family: Family) -
     Raises:
       OmniError: a tensor is missing, or belongs to no part of the model.
     """
-    prefixes = (family.prefix, *family.older_prefixes)
+    prefixes = (family.prefix, *family.other_prefixes)
     prefix = next((each for each in prefixes if f"{each}norm.weight" in tensors), family.prefix)
     places = family.places(config, prefix)
     wanted = {place.theirs for place in places}

@@ -62,9 +62,10 @@ def test_exported_and_read_again_it_is_the_same_model(name, models, directories,
     assert again.config == model.config and again.context_length == model.context_length == 160
     np.testing.assert_array_equal(again.logits(golden(name).ids), model.logits(golden(name).ids))
     theirs, written = open_directory(directories[name]), open_directory(tmp_path)
-    assert theirs.keys() == written.keys()
+    assert set(theirs) == set(written)
     for key, value in theirs.items():
-        np.testing.assert_array_equal(written[key][: len(value)], value)
+        if not key.endswith("num_batches_tracked"):  # which nothing reads
+            np.testing.assert_array_equal(written[key][: len(value)], value)
 
 
 def test_new_tokens_stand_behind_the_published_ones(models):
@@ -253,7 +254,10 @@ def cut(directory):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (change_config(model_type="bloom"), "no model of type 'bloom' can be read; supported are llama, qwen3"),
+        (
+            change_config(model_type="bloom"),
+            "'bloom' can be read; supported are chameleon, emu3, llama, qwen3",
+        ),
         (change_config(model_type=["llama"]), "no model of type"),
         (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
         (change_config(attention_bias=True), "attention_bias = True is not supported"),

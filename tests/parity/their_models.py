@@ -53,6 +53,22 @@ _CHAMELEON = _SHARED | {
     | {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<eoss>": 80, "<racm3:break>": 81, "<image>": 82}
     | {"<reserved08706>": 83, "<reserved08708>": 84},
 }
+_SHAPE = {key: value for key, value in _SHARED.items() if key not in ("tie_word_embeddings",)}
+_EMU3 = {
+    "text_config": _SHAPE | {"pad_token_id": 0},
+    "vq_config": {
+        "base_channels": 32,
+        "channel_multiplier": [1, 1],
+        "num_res_blocks": 1,
+        "attn_resolutions": [],
+        "hidden_size": 32,
+        "codebook_size": 16,
+    },
+    "vocabulary_map": {f"<|visual token {code:06}|>": 76 + code for code in range(16)}
+    | {"<|image start|>": 70, "<|image token|>": 71, "<|extra_200|>": 72, "<|extra_201|>": 73, "<|image end|>": 74}
+    | {"<image>": 75}
+    | {character: 20 + number for number, character in enumerate("0123456789*")},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +81,7 @@ class Theirs:
 
     def write(self, directory: Path):
         """Writes the model, every tensor noise, and returns it, in evaluation."""
-        name = "ForCausalLM" if hasattr(transformers, f"{self.kind}ForCausalLM") else "ForConditionalGeneration"
+        name = "ForConditionalGeneration" if "vocabulary_map" in self.settings else "ForCausalLM"
         kind = getattr(transformers, self.kind + name)
         kind(getattr(transformers, f"{self.kind}Config")(**self.settings)).save_pretrained(directory)
         shapes = {key: list(value.shape) for key, value in weights.read(directory / "model.safetensors").items()}
@@ -80,6 +96,7 @@ CASES = {
     "qwen3": Theirs("Qwen3", _SHARED | {"head_dim": 16, "eos_token_id": 1}),
     "chameleon": Theirs("Chameleon", _CHAMELEON),
     "chameleon swin": Theirs("Chameleon", _CHAMELEON | {"swin_norm": True, "model_parallel_size": 2}),
+    "emu3": Theirs("Emu3", _EMU3),
     "qwen3 tied": Theirs("Qwen3", _SHARED | {"head_dim": 12, "tie_word_embeddings": True}),
 }
 
