@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 import omni_tokenizers
 from omni.generate import Engine, PreparedRequest, per_modality, unconditional_shadow, wanted_modalities
 from omni.grammar import Grammar, Tokens
-from omni.interop import export_checkpoint, load_checkpoint
+from omni.interop import export_checkpoint, is_public, load_checkpoint
 from omni.likelihood import document_losses
 from omni.model import Transformer, decoder_on, make_decoder
 from omni.model.files import DESCRIPTION, load_transformer, save_transformer
@@ -32,7 +32,6 @@ from omni.processor import Processor
 from omni.reply import Event, Reply, events, make_replies
 from omni.sharding import MeshConfig, ShardingRules, make_mesh
 from omni.vocabulary import Vocabulary
-from omni_tokenizers.base import CHECKPOINT_CONFIG
 from omni_tokenizers.errors import OmniError, UsageError
 
 Setting = float | Mapping[str, float]
@@ -271,7 +270,9 @@ def _logits(transformer: Transformer, ids, positions):
     return transformer(ids, positions, None)
 
 
-def load(name: epath.PathLike, mesh: MeshConfig | None = None, dtype: str = "float32") -> Model:
+def load(
+    name: epath.PathLike, mesh: MeshConfig | None = None, dtype: str = "float32", *, torch_reader: bool = False
+) -> Model:
     """Opens a model: the name of one that came with the package, a run, a directory of `Model.save`, or a public
     checkpoint's directory (docs/checkpoints.md, `omni.interop.load_checkpoint`).
 
@@ -281,6 +282,7 @@ def load(name: epath.PathLike, mesh: MeshConfig | None = None, dtype: str = "flo
       mesh: how the transformer lies on this machine's devices, as for a training: `MeshConfig(tensor=4)` splits its
         layers over four and requests over what is left. Without it, one device holds and does everything.
       dtype: type in which a public checkpoint's matrices are kept and its activations computed, float32 or bfloat16.
+      torch_reader: whether to read a public checkpoint in PyTorch's format with torch's weights_only reader.
 
     Raises:
       UsageError: the mesh does not fit the devices, or a dtype for what is no public checkpoint.
@@ -298,9 +300,9 @@ def load(name: epath.PathLike, mesh: MeshConfig | None = None, dtype: str = "flo
         if dtype != "float32":
             raise UsageError(f"{directory}: dtype is for public checkpoints; a model's own is in its {DESCRIPTION}")
         return Model.load(directory, devices)
-    if not (directory / CHECKPOINT_CONFIG).exists():
-        raise OmniError(f"{directory}: not a run or a model: it holds no {DESCRIPTION}, nor a {CHECKPOINT_CONFIG}")
-    return Model(**vars(load_checkpoint(directory, devices, dtype)), mesh=devices)
+    if not is_public(directory):
+        raise OmniError(f"{directory}: not a run or a model: it holds no {DESCRIPTION}, nor a public checkpoint")
+    return Model(**vars(load_checkpoint(directory, devices, dtype, torch_reader)), mesh=devices)
 
 
 def _listed(parts) -> Sequence:

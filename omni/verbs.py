@@ -225,13 +225,13 @@ def run_import(options: argparse.Namespace) -> None:
 
     _require_empty(options.directory)
     _status(f"reading {options.source}")
-    settings = {"image_size": options.image_size, "torch_reader": options.torch_reader}
     if not holds_model(options.source):
+        settings = {"image_size": options.image_size, "torch_reader": options.torch_reader}
         import_tokenizer(options.source, options.directory, **settings)
-    elif any(settings.values()):
-        raise UsageError(f"{options.source} holds a whole model: --image-size and --torch-reader are for single files")
+    elif options.image_size is not None:
+        raise UsageError(f"{options.source} holds a whole model, which says its size: leave --image-size out")
     else:
-        omni.load(options.source).save(options.directory)
+        omni.load(options.source, torch_reader=options.torch_reader).save(options.directory)
     _print_written(options.directory)
 
 

@@ -19,9 +19,10 @@ from jax.sharding import Mesh
 import omni_tokenizers
 from omni.grammar import Grammar
 from omni.interop import chameleon, emu3, llama, qwen3
+from omni.interop import chameleon_original as release
 from omni.interop.family import Family, Preset
-from omni.interop.weights import places_in, read_transformer, their_shapes, their_tensors
-from omni.model import Transformer
+from omni.interop.weights import NamedTensors, places_in, read_transformer, their_shapes, their_tensors
+from omni.model import Transformer, TransformerConfig
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.base import CHECKPOINT_CONFIG, read_object
 from omni_tokenizers.checkpoints import PLACES
@@ -57,6 +58,8 @@ def holds_model(path: epath.PathLike) -> bool:
     Raises:
       OmniError: a directory of transformers with neither that is known here.
     """
+    if (epath.Path(path) / release.PARAMETERS).exists():
+        return True
     path = epath.Path(path) / CHECKPOINT_CONFIG
     if not path.exists():
         return False
@@ -67,7 +70,14 @@ def holds_model(path: epath.PathLike) -> bool:
     return kind in FAMILIES
 
 
-def load_checkpoint(directory: epath.PathLike, mesh: Mesh | None = None, dtype: str = "float32") -> Pieces:
+def is_public(directory: epath.PathLike) -> bool:
+    """Whether a directory looks like one that others wrote."""
+    return any((epath.Path(directory) / name).exists() for name in (CHECKPOINT_CONFIG, release.PARAMETERS))
+
+
+def load_checkpoint(
+    directory: epath.PathLike, mesh: Mesh | None = None, dtype: str = "float32", torch_reader: bool = False
+) -> Pieces:
     """A public checkpoint's model.
 
     Tensors go one by one to the device or the devices, so that the host holds about one of them at a time. Where the
@@ -77,11 +87,15 @@ def load_checkpoint(directory: epath.PathLike, mesh: Mesh | None = None, dtype: 
     Args:
       mesh: the devices over which parameters are laid out by `ShardingRules`; None for one.
       dtype: type in which matrices are kept and activations computed, float32 or bfloat16.
+      torch_reader: whether to read files of PyTorch, which are pickles, with torch's weights_only reader: those of
+        Chameleon's own release.
 
     Raises:
       OmniError: an unknown family, settings that are not supported, or files that are missing or damaged.
     """
     directory = epath.Path(directory)
+    if not (directory / CHECKPOINT_CONFIG).exists():
+        return _load_release(directory, mesh, dtype, torch_reader)
     path = directory / CHECKPOINT_CONFIG
     settings = Settings(read_object(path, LARGEST_CONFIG), str(path))
     family = _family(settings)
@@ -93,19 +107,38 @@ def load_checkpoint(directory: epath.PathLike, mesh: Mesh | None = None, dtype: 
     if preset.vocabulary.size < config.vocabulary_size:
         found = f"{preset.vocabulary.size} ids, {path.name} {config.vocabulary_size}"
         raise OmniError(f"{directory}: vocabulary.json has {found}; they are of different models")
-    tensors = open_directory(directory)
-    places, published = places_in(tensors, config, family), config.vocabulary_size
-    config = dataclasses.replace(config, vocabulary_size=preset.vocabulary.size, compute_dtype=dtype)
-    transformer = read_transformer(config, tensors, places, published, mesh)
-    settings_file = directory / "generation.json"
+    tensors, settings_file = open_directory(directory), directory / "generation.json"
     return Pieces(
-        transformer,
+        _transformer(config, preset, tensors, family, mesh, dtype),
         preset.vocabulary,
         Grammar(dict(preset.declaration), preset.vocabulary),
         _tokenizers(directory, family, preset, any(name.startswith(family.others) for name in tensors)),
         family.section(settings).get("max_position_embeddings", family.context_length),
         read_object(settings_file) if settings_file.exists() else None,
     )
+
+
+def _load_release(directory: epath.Path, mesh: Mesh | None, dtype: str, torch_reader: bool) -> Pieces:
+    """Chameleon as Meta released it."""
+    if not torch_reader:
+        raise OmniError(
+            f"{directory}: PyTorch's are pickles; ask for torch's weights_only reader, which takes tensors alone: "
+            "omni import --torch-reader, or torch_reader=True"
+        )
+    config, tensors = release.open_release(directory)
+    preset, text = release.release_preset(directory, config)
+    grammar = Grammar(dict(preset.declaration), preset.vocabulary)
+    transformer = _transformer(config, preset, tensors, chameleon.FAMILY, mesh, dtype)
+    tokenizers = {"text": text} | release.release_pictures(directory)
+    return Pieces(transformer, preset.vocabulary, grammar, tokenizers, chameleon.FAMILY.context_length, None)
+
+
+def _transformer(
+    config: TransformerConfig, preset: Preset, tensors: NamedTensors, family: Family, mesh: Mesh | None, dtype: str
+) -> Transformer:
+    places, published = places_in(tensors, config, family), config.vocabulary_size
+    config = dataclasses.replace(config, vocabulary_size=preset.vocabulary.size, compute_dtype=dtype)
+    return read_transformer(config, tensors, places, published, mesh)
 
 
 def _family(settings: Settings) -> Family:

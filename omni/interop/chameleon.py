@@ -3,7 +3,8 @@
 Its vocabulary names the codes of pictures and scatters them: code 305 is IMGIMGDAFZ. The id of `<image>` is a
 placeholder of transformers' own, which no document holds. Checked against transformers 5.23.0, which has no decoder of
 pictures: one that lies in tokenizers/image (`omni import vqgan.ckpt DIR/tokenizers/image`) goes before what the weights
-hold, and an export leaves it there.
+hold, and an export leaves it there. Anole (arXiv:2407.06135) is the same with other weights, Lumina-mGPT with other
+documents (`lumina_grammar`).
 """
 
 from __future__ import annotations
@@ -58,10 +59,12 @@ ROLES = {
     "end": "<eoss>",
 }
 """Names in the vocabulary of what a document is written with."""
+LUMINA_ROW_END, LUMINA_SIZE = 8803, 8804
+"""Ids of Lumina-mGPT's ends of rows, and of a side of no units; those of more units follow."""
 _VQMODEL = "model.vqmodel."
 _LETTERS, _DIGITS = "ABCDEFGHIJ", "0123456789"
-_CODE = re.compile(rf"IMGIMG([{_LETTERS}]+)Z")
-_NO_TEXT = re.compile(rf"{_CODE.pattern}|<reserved\d+>|<unk>|<mask>|{PLACEHOLDER}")
+CODE = re.compile(rf"IMGIMG([{_LETTERS}]+)Z")
+_NO_TEXT = re.compile(rf"{CODE.pattern}|<reserved\d+>|<unk>|<mask>|{PLACEHOLDER}")
 
 
 def read(settings: Settings) -> TransformerConfig:
@@ -79,7 +82,7 @@ def preset(settings: Settings, config: TransformerConfig, text: JsonTextTokenize
     """
     names = vocabulary_map(settings, config.vocabulary_size)
     pictures = Settings(settings.values.get("vq_config") or {}, f"{settings.source}: vq_config")
-    named = [(_code(name), token) for name, token in names.items() if _CODE.fullmatch(name)]
+    named = [(_code(name), token) for name, token in names.items() if CODE.fullmatch(name)]
     codes = code_table(named, pictures.get("num_embeddings", 8192), settings.source)
     side = pictures.get("resolution", 512) >> (len(pictures.get("channel_multiplier", (1, 1, 2, 2, 4))) - 1)
     ids = control_ids(settings, config.vocabulary_size)
@@ -102,9 +105,25 @@ def grammar(*shapes: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     }
 
 
+def lumina_grammar(pixels: int) -> dict[str, Any]:
+    """The declaration of Lumina-mGPT (arXiv:2408.02657), which is Chameleon's transformer taught to draw at sizes of
+    about `pixels` squared: rows, then columns in units of 32 pixels stand before the codes, and rows have ends.
+
+    Sizes are the largest of that area at ratios up to 4, for each number of columns.
+    """
+    most, unit = (pixels // 32) ** 2, 2  # codes of 16 pixels
+    sizes = {(most // columns, columns) for columns in range(1, most + 1)}
+    sizes = sorted(size for size in sizes if max(size) <= 4 * min(size))
+    shapes = [
+        {"rows": unit * rows, "columns": unit * columns, "prefix": [LUMINA_SIZE + rows, LUMINA_SIZE + columns]}
+        for rows, columns in sizes
+    ]
+    return grammar(*shapes, row_end=LUMINA_ROW_END)
+
+
 def _code(name: str) -> int:
     """The code that a name stands for."""
-    return int(_CODE.fullmatch(name)[1].translate(str.maketrans(_LETTERS, _DIGITS)))
+    return int(CODE.fullmatch(name)[1].translate(str.maketrans(_LETTERS, _DIGITS)))
 
 
 def _name(code: int) -> str:

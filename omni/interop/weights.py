@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,21 @@ from omni.model import Transformer, TransformerConfig
 from omni.sharding import ShardingRules, named_sharding
 from omni_tokenizers import weights
 from omni_tokenizers.errors import OmniError
-from omni_tokenizers.tensor_files import TensorFiles
+
+
+class NamedTensors(Protocol):
+    """Float32 tensors by name, each made when it is asked for."""
+
+    source: str
+
+    def __getitem__(self, name: str) -> np.ndarray: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
 
 INPUTS = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1, "down": 1}
 """Matrices of a block, and how many axes of ours are its inputs: first here; PyTorch has [outputs, inputs]."""
@@ -26,7 +41,7 @@ _CONSTANTS = ("rotary_emb.inv_freq",)
 """Ends of names in older files of what follows from the configuration."""
 
 
-def places_in(tensors: TensorFiles, config: TransformerConfig, family: Family) -> list[Place]:
+def places_in(tensors: NamedTensors, config: TransformerConfig, family: Family) -> list[Place]:
     """Which tensor is which, under the prefix that the files use.
 
     Raises:
@@ -43,7 +58,7 @@ def places_in(tensors: TensorFiles, config: TransformerConfig, family: Family) -
 
 
 def read_transformer(
-    config: TransformerConfig, tensors: TensorFiles, places: Iterable[Place], published: int, mesh: Mesh | None
+    config: TransformerConfig, tensors: NamedTensors, places: Iterable[Place], published: int, mesh: Mesh | None
 ) -> Transformer:
     """A transformer filled tensor by tensor: besides devices, about one tensor is held at a time.
 
@@ -98,7 +113,7 @@ def _whole(value: np.ndarray, shape: tuple[int, ...], dtype: jnp.dtype, sharding
 
 
 def _stacked(
-    tensors: TensorFiles,
+    tensors: NamedTensors,
     places: Iterable[Place],
     shape: tuple[int, ...],
     dtype: jnp.dtype,
@@ -107,7 +122,7 @@ def _stacked(
 ) -> Array:
     """A parameter of all layers, into which each layer's tensor is written where it lies."""
     sharding, own = _sharding(mesh, axes, shape), _sharding(mesh, axes[1:], shape[1:])
-    stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+    stack = jnp.zeros(shape, dtype, device=sharding)
     write = jax.jit(_write_layer, donate_argnums=0, out_shardings=sharding)
     for place in places:
         value = to_ours(place.ours, _checked(tensors, place, their_shape(place.ours, shape[1:])), shape[1:])
@@ -120,7 +135,7 @@ def _write_layer(stack: Array, value: Array, layer: Int[Array, ""]) -> Array:
     return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
 
 
-def _checked(tensors: TensorFiles, place: Place, shape: tuple[int, ...]) -> Float[np.ndarray, "*shape"]:
+def _checked(tensors: NamedTensors, place: Place, shape: tuple[int, ...]) -> Float[np.ndarray, "*shape"]:
     """A tensor of the checkpoint, float32, if it is what the model needs; its shape is seen before it is read."""
     name = place.theirs
     if tensors.shape(name) != shape:

@@ -69,6 +69,20 @@ def test_only_text_is_text(released):
     assert not set(text.tolist()) & set(names.values()) and len(text) == 65_536 - len(set(names.values()))
 
 
+def test_lumina_writes_sizes_and_ends_of_rows(released):
+    """begin, rows and columns in units of 32 pixels, 32 rows of 32 codes each with its end, end; other sizes too."""
+    grammar = Grammar(chameleon.lumina_grammar(512), released[1].vocabulary)
+    codes = np.random.default_rng(0).integers(0, 8192, (1, 32, 32))
+    ids = grammar.span_ids(Span("image", codes))
+    assert ids[:3].tolist() == [8197, 8820, 8820] and ids[-1] == 8196
+    rows = ids[3:-1].reshape(32, 33)
+    assert (rows[:, -1] == 8803).all()
+    np.testing.assert_array_equal(rows[:, :-1], grammar.vocabulary.to_ids("image", codes[0]))
+    sizes = set(grammar.layouts["image"].shapes)
+    assert {(16, 64), (64, 16), (24, 42), (42, 24)} <= sizes and max(rows * columns for rows, columns in sizes) == 1024
+    np.testing.assert_array_equal(grammar.parse(grammar.pack([Span("image", codes)]).ids)[0].codes, codes)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

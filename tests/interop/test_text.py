@@ -49,6 +49,21 @@ def test_replies_are_text(model):
     assert "".join(event.text for event in events if event.kind == "text") == reply.text
 
 
+def test_one_token_may_begin_and_end_documents(directory, tmp_path):
+    """Where bos and eos are one id, replies still end with it, and documents are read as they were written."""
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    values = json.loads((tmp_path / "config.json").read_text()) | {"bos_token_id": 2}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    model = omni.load(tmp_path)
+    ids = model.encode([omni.Text("a", context=True), "b"])
+    assert ids[[0, -1]].tolist() == [2, 2] and [part.text for part in model.decode(ids)] == ["a", "b"]
+    reply = model.generate(["Hello"], want=["text"], seed=0, max_tokens=8, temperature=1.0)
+    assert (
+        reply.well_formed and reply.ids[-1] == 2 and set(reply.ids[:-1].tolist()) <= set(model.tokenizers["text"].ids)
+    )
+
+
 @pytest.mark.parametrize("way", ["save", "export"])
 def test_the_tokenizer_goes_along(model, directory, tmp_path, way):
     """This package's directory and transformers' hold the tokenizer; ids and replies stay what they were."""

@@ -1,6 +1,9 @@
 """Whole public models against transformers, every parameter noise: logits, greedy replies, the way in and out."""
 
 import functools
+import json
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,8 +15,10 @@ from omni_tokenizers import weights
 torch = pytest.importorskip("torch", reason="needs torch: pip install 'omni-any-to-any[parity]'")
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'omni-any-to-any[parity]'")
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "interop"))
+from chameleon_reference import forward, random_ranks  # noqa: E402
 from public_models import greedy_with_cache, largest_error  # noqa: E402
-from text_json import SAMPLE, trained  # noqa: E402
+from text_json import SAMPLE, trained, write_chameleon_names  # noqa: E402
 from their_models import CASES, greedy, loaded, their_logits  # noqa: E402
 
 from omni_tokenizers.text_json import JsonTextTokenizer  # noqa: E402
@@ -131,3 +136,23 @@ def test_text_ids_equal_theirs(theirs, tmp_path):
     for text in SAMPLE:
         expected = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         assert mine.ids[mine.encode(text)].tolist() == expected
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_chameleons_release_is_read_by_torch(tmp_path, ranks, run):
+    """Files of PyTorch, one or one a rank, in bfloat16 and beside params.json, are the model that the slow pass is."""
+    parameters = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "swin_norm": ranks > 1}
+    numbers = random_ranks(parameters, ranks, 448, 48)
+    tensors = [{name: torch.tensor(value).bfloat16() for name, value in rank.items()} for rank in numbers]
+    for number, rank in enumerate(tensors):
+        name = "consolidated.pth" if ranks == 1 else f"consolidated.{number:02}.pth"
+        torch.save(rank | {"rope.freqs": torch.zeros(4)}, tmp_path / name)
+    (tmp_path / "params.json").write_text(json.dumps({"model": parameters}))
+    write_chameleon_names(tmp_path)
+    code, _, err = run("import", tmp_path, tmp_path / "ours", "--torch-reader")
+    assert code == 0, err
+    model, ids = omni.load(tmp_path / "ours"), np.random.default_rng(0).integers(0, 448, (1, 12))
+    rounded = [{name: value.float().numpy() for name, value in rank.items()} for rank in tensors]
+    found = logits(model, ids)[0, :, :448]
+    assert largest_error(found, forward(parameters, rounded, ids[0])) < TOLERANCE
+    assert model.decode(model.encode([omni.Text("IMGIMGAZ", context=True)]))[0].text == "IMGIMGAZ"

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import pickle
 import re
+import zipfile
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -146,6 +149,16 @@ def read_torch(path: epath.PathLike) -> dict[str, np.ndarray]:
     Raises:
         OmniError: no torch to read with, no such file, a damaged one, or one that holds more than plain weights.
     """
+    tensors = open_torch(path).items()
+    return {name: (value.float() if value.is_floating_point() else value).numpy() for name, value in tensors}
+
+
+def open_torch(path: epath.PathLike) -> dict[str, Any]:
+    """The tensors of `read_torch` as PyTorch's own; those of a file on a disk are mapped, so read when they are used.
+
+    Raises:
+        OmniError: as `read_torch`.
+    """
     path = epath.Path(path)
     try:
         import torch
@@ -153,7 +166,10 @@ def read_torch(path: epath.PathLike) -> dict[str, np.ndarray]:
         raise OmniError(f"{path}: PyTorch's files need torch: pip install 'omni-any-to-any[torch]'") from None
     try:
         with path.open("rb") as file:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            mapped = zipfile.is_zipfile(file) and "://" not in os.fspath(path)
+            file.seek(0)
+            source = os.fspath(path) if mapped else file
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:
         raise OmniError(f"{path}: there is no such file of weights") from None
     except pickle.UnpicklingError as error:
@@ -165,23 +181,21 @@ def read_torch(path: epath.PathLike) -> dict[str, np.ndarray]:
         ) from None
     except (RuntimeError, ValueError, KeyError, EOFError, TypeError, AttributeError, IndexError) as error:
         raise OmniError(f"{path}: not a whole file of PyTorch ({str(error).splitlines()[0][:200]})") from None
-    return _arrays(content, str(path))
+    return _named(content, str(path))
 
 
-def _arrays(content, source: str) -> dict[str, np.ndarray]:
-    """What `torch.load` gave, as named arrays."""
+def _named(content, source: str) -> dict[str, Any]:
+    """What `torch.load` gave, as named tensors."""
     for key in ("ema", "model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
     if not isinstance(content, dict) or not content:
         raise OmniError(f"{source}: expected named tensors, found {type(content).__name__}")
-    arrays = {}
     for name, value in content.items():
         if not hasattr(value, "is_floating_point"):
             raise OmniError(f"{source}: expected named tensors, but {name!r} is {type(value).__name__}")
-        arrays[str(name)] = (value.detach().float() if value.is_floating_point() else value.detach()).numpy()
-    return arrays
+    return {str(name): value.detach() for name, value in content.items()}
 
 
 def _imported(reader: str):
