@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 
 import omni_tokenizers
 from omni.parts import Audio, Image, Part, Text, Video
-from omni_tokenizers.base import CHECKPOINT_CONFIG, DESCRIPTION
+from omni_tokenizers.base import DESCRIPTION, is_checkpoint
 from omni_tokenizers.codes import as_codes
 from omni_tokenizers.errors import OmniError, UsageError
 
@@ -43,7 +43,7 @@ def import_tokenizer(
 def is_tokenizer(directory: str) -> bool:
     """Whether a directory holds a tokenizer of this package, rather than a model or what another package wrote."""
     directory = epath.Path(directory)
-    return (directory / DESCRIPTION).exists() and not (directory / CHECKPOINT_CONFIG).exists()
+    return (directory / DESCRIPTION).exists() and not is_checkpoint(directory)
 
 
 def export_tokenizer(source: str, directory: Path, *, file_format: str, dtype: str) -> None:

@@ -24,7 +24,7 @@ from omni.interop.family import Family, Preset
 from omni.interop.weights import NamedTensors, places_in, read_transformer, their_shapes, their_tensors
 from omni.model import Transformer, TransformerConfig
 from omni.vocabulary import Vocabulary
-from omni_tokenizers.base import CHECKPOINT_CONFIG, read_object
+from omni_tokenizers.base import CHECKPOINT_CONFIG, LARGEST_CHECKPOINT_CONFIG, is_checkpoint, read_object
 from omni_tokenizers.checkpoints import PLACES
 from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.errors import OmniError
@@ -34,7 +34,6 @@ from omni_tokenizers.text_json import JsonTextTokenizer
 if TYPE_CHECKING:
     from omni.bundle import Model
 
-LARGEST_CONFIG = 1 << 24  # Chameleon's config.json holds its vocabulary: 2 MB
 TOKENIZER = "tokenizer.json"
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (chameleon, emu3, llama, qwen3)}
 """By "model_type"; an export is of the first that lacks nothing, so those with tokenizers of their own stand first."""
@@ -63,7 +62,7 @@ def holds_model(path: epath.PathLike) -> bool:
     path = epath.Path(path) / CHECKPOINT_CONFIG
     if not path.exists():
         return False
-    kind = read_object(path, LARGEST_CONFIG).get("model_type")
+    kind = read_object(path, LARGEST_CHECKPOINT_CONFIG).get("model_type")
     if not isinstance(kind, str) or (kind not in FAMILIES and kind not in PLACES):
         known = f"supported are {', '.join(FAMILIES)}; of tokenizers {', '.join(PLACES)}"
         raise OmniError(f"{path}: nothing of type {kind!r} can be read; {known}")
@@ -71,8 +70,8 @@ def holds_model(path: epath.PathLike) -> bool:
 
 
 def is_public(directory: epath.PathLike) -> bool:
-    """Whether a directory looks like one that others wrote."""
-    return any((epath.Path(directory) / name).exists() for name in (CHECKPOINT_CONFIG, release.PARAMETERS))
+    """Whether a directory is one that others wrote; a run of this package is none."""
+    return is_checkpoint(directory) or (epath.Path(directory) / release.PARAMETERS).exists()
 
 
 def load_checkpoint(
@@ -97,7 +96,7 @@ def load_checkpoint(
     if not (directory / CHECKPOINT_CONFIG).exists():
         return _load_release(directory, mesh, dtype, torch_reader)
     path = directory / CHECKPOINT_CONFIG
-    settings = Settings(read_object(path, LARGEST_CONFIG), str(path))
+    settings = Settings(read_object(path, LARGEST_CHECKPOINT_CONFIG), str(path))
     family = _family(settings)
     try:
         config = family.read(settings)
@@ -154,7 +153,7 @@ def _own_preset(directory: epath.Path) -> Preset | None:
     paths = [directory / "vocabulary.json", directory / "grammar.json"]
     if not all(path.exists() for path in paths):
         return None
-    vocabulary, declaration = (read_object(path, LARGEST_CONFIG) for path in paths)
+    vocabulary, declaration = (read_object(path, LARGEST_CHECKPOINT_CONFIG) for path in paths)
     return Preset(Vocabulary.from_json(vocabulary), declaration)
 
 

@@ -107,7 +107,7 @@ def _whole(value: np.ndarray, shape: tuple[int, ...], dtype: jnp.dtype, sharding
         if len(known) < stop - start:
             new = np.broadcast_to(mean[index[1:]], (stop - start - len(known), *known.shape[1:]))
             known = np.concatenate([known, new])
-        return known.astype(dtype)
+        return known.astype(dtype, copy=False)
 
     return jax.make_array_from_callback(shape, sharding, part)
 
@@ -126,7 +126,7 @@ def _stacked(
     write = jax.jit(_write_layer, donate_argnums=0, out_shardings=sharding)
     for place in places:
         value = to_ours(place.ours, _checked(tensors, place, their_shape(place.ours, shape[1:])), shape[1:])
-        stack = write(stack, jax.device_put(value.astype(dtype), own), place.layer)
+        stack = write(stack, jax.device_put(value.astype(dtype, copy=False), own), place.layer)
     return stack
 
 

@@ -20,6 +20,7 @@ from omni.sharding import ShardingRules, named_sharding
 from omni_tokenizers import weights
 from omni_tokenizers.base import config_from_dict
 from omni_tokenizers.errors import OmniError
+from omni_tokenizers.tensor_files import open_file
 
 DESCRIPTION, WEIGHTS = "model.json", "weights.safetensors"
 FORMAT = 1
@@ -73,7 +74,7 @@ def load_transformer(directory: epath.PathLike, mesh: Mesh | None = None) -> tup
     directory = epath.Path(directory)
     config, context_length, belongs_to = _read_description(directory / DESCRIPTION)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-    tensors, source = weights.read(directory / WEIGHTS), str(directory / WEIGHTS)
+    tensors, source = open_file(directory / WEIGHTS), str(directory / WEIGHTS)
     place = {} if mesh is None else {"place": partial(_on_mesh, mesh)}
     transformer = nnx.merge(graphdef, weights.unflatten(state, tensors, source, **place))
     return transformer, context_length, belongs_to

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import shutil
 import subprocess
 import sys
 import weakref
@@ -14,8 +15,10 @@ import pytest
 from public_models import NAMES, golden, greedy_with_cache, largest_error
 
 import omni
+import omni_tokenizers
 from omni.model import RopeScaling
 from omni.sharding import MeshConfig
+from omni.tokenizer_tools import is_tokenizer
 from omni_tokenizers import weights
 from omni_tokenizers.tensor_files import INDEX, MODEL, TensorFiles, open_directory, write_directory
 
@@ -302,3 +305,16 @@ def test_what_does_not_fit_is_one_line(directories, tmp_path, damage, message):
     with pytest.raises(omni.OmniError, match=message) as caught:
         omni.load(directory)
     assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
+
+
+def test_a_run_is_no_public_checkpoint(tiny_bundle, tiny_tokenizers, tmp_path):
+    """A run's own config.json changes nothing for what lies beside it; without a model it is called what it is."""
+    (tmp_path / "config.json").write_text('{"steps": 3}')
+    with pytest.raises(omni.OmniError, match="not a run or a model"):
+        omni.load(tmp_path)
+    tiny_tokenizers["text"].save(tmp_path)
+    assert omni_tokenizers.load(tmp_path).hash == tiny_tokenizers["text"].hash
+    assert is_tokenizer(str(tmp_path))
+    shutil.copytree(tiny_bundle, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text('{"steps": 3}')
+    assert omni.load(tmp_path / "run").context_length == 128

@@ -49,7 +49,7 @@ def unflatten(
     source: str = "the weights",
     place: Callable[[np.ndarray, nnx.Variable], Array] = lambda value, _: jnp.asarray(value),
 ) -> nnx.State:
-    """A state like `state` (arrays or shapes) that holds `tensors`, each cast to the dtype of its place.
+    """A state like `state` (arrays or shapes) that holds `tensors`, each asked for once and cast to its place's dtype.
 
     `place` puts a variable's value onto the device or the devices where it belongs.
 

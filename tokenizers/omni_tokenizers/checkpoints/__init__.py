@@ -15,11 +15,9 @@ import numpy as np
 from etils import epath
 
 from omni_tokenizers import weights
-from omni_tokenizers.base import CHECKPOINT_CONFIG, NetTokenizer, read_object
+from omni_tokenizers.base import CHECKPOINT_CONFIG, LARGEST_CHECKPOINT_CONFIG, NetTokenizer, read_object
 from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.tensor_files import MODEL, open_directory
-
-_LARGEST_DESCRIPTION = 1 << 24  # Chameleon's config.json holds its vocabulary: 2 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +62,7 @@ def load_checkpoint(directory: epath.PathLike) -> NetTokenizer:
     path = directory / CHECKPOINT_CONFIG
     if not path.exists():
         raise OmniError(f"{directory}: no {CHECKPOINT_CONFIG} there, so this is not a directory of transformers")
-    values = read_object(path, _LARGEST_DESCRIPTION)
+    values = read_object(path, LARGEST_CHECKPOINT_CONFIG)
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in PLACES:
         raise OmniError(f"{path}: no tokenizer is known in a model of type {kind!r}, but in {', '.join(PLACES)}")
