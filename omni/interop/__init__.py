@@ -102,10 +102,7 @@ def load_checkpoint(
         config = family.read(settings)
     except OmniError as error:
         raise OmniError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
-    preset = _own_preset(directory) or family.preset(settings, config, _text(directory))
-    if preset.vocabulary.size < config.vocabulary_size:
-        found = f"{preset.vocabulary.size} ids, {path.name} {config.vocabulary_size}"
-        raise OmniError(f"{directory}: vocabulary.json has {found}; they are of different models")
+    preset = _preset(directory, family, settings, config)
     tensors, settings_file = open_directory(directory), directory / "generation.json"
     return Pieces(
         _transformer(config, preset, tensors, family, mesh, dtype),
@@ -148,13 +145,22 @@ def _family(settings: Settings) -> Family:
     return FAMILIES[kind]
 
 
-def _own_preset(directory: epath.Path) -> Preset | None:
-    """Vocabulary and grammar as this package has them, where an export left them."""
-    paths = [directory / "vocabulary.json", directory / "grammar.json"]
-    if not all(path.exists() for path in paths):
-        return None
-    vocabulary, declaration = (read_object(path, LARGEST_CHECKPOINT_CONFIG) for path in paths)
-    return Preset(Vocabulary.from_json(vocabulary), declaration)
+def _preset(directory: epath.Path, family: Family, settings: Settings, config: TransformerConfig) -> Preset:
+    """The family's vocabulary and grammar, or this package's own where they lie there, as an export leaves them."""
+    own = {name: directory / f"{name}.json" for name in ("vocabulary", "grammar")}
+    found = {name: read_object(path, LARGEST_CHECKPOINT_CONFIG) for name, path in own.items() if path.exists()}
+    if "vocabulary" not in found:
+        preset = family.preset(settings, config, _text(directory))
+        return dataclasses.replace(preset, declaration=found.get("grammar", preset.declaration))
+    if "grammar" not in found:
+        raise OmniError(
+            f"{own['grammar']}: no such file, without which {own['vocabulary'].name} says too little; add it"
+        )
+    vocabulary = Vocabulary.from_json(found["vocabulary"])
+    if vocabulary.size < config.vocabulary_size:
+        sizes = f"{vocabulary.size} ids, config.json {config.vocabulary_size}"
+        raise OmniError(f"{own['vocabulary']} has {sizes}; they are of different models")
+    return Preset(vocabulary, found["grammar"])
 
 
 def _text(directory: epath.Path) -> JsonTextTokenizer | None:

@@ -83,6 +83,26 @@ def test_lumina_writes_sizes_and_ends_of_rows(released):
     np.testing.assert_array_equal(grammar.parse(grammar.pack([Span("image", codes)]).ids)[0].codes, codes)
 
 
+def test_a_grammar_beside_the_weights_goes_first(directory, tmp_path):
+    """Whoever writes documents otherwise, as Lumina-mGPT does, says so in grammar.json; half of a preset is refused."""
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shapes = [{"rows": 1, "columns": 2, "prefix": [90]}, {"rows": 2, "columns": 1, "prefix": [91]}]
+    (tmp_path / "grammar.json").write_text(json.dumps(chameleon.grammar(*shapes, row_end=92)))
+    model = omni.load(tmp_path)
+    table = model.vocabulary.block("image")
+    ids = model.grammar.span_ids(Span("image", np.array([[[3], [5]]])))
+    assert ids.tolist() == [81, 91, table[3], 92, table[5], 92, 80]
+    smaller = model.vocabulary.to_json() | {"size": 95}
+    smaller["blocks"]["text"] = {"table": [token for token in model.vocabulary.block("text").tolist() if token < 95]}
+    (tmp_path / "vocabulary.json").write_text(json.dumps(smaller))
+    with pytest.raises(omni.OmniError, match=r"vocabulary\.json has 95 ids, config\.json 96"):
+        omni.load(tmp_path)
+    (tmp_path / "grammar.json").unlink()
+    with pytest.raises(omni.OmniError, match=r"grammar\.json: no such file"):
+        omni.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
