@@ -15,11 +15,13 @@ GCS = ["gcsfs>=2026.9,<2027"]
 WANDB = ["wandb>=0.30,<0.32"]
 VIDEO = ["av>=18.1,<19"]
 PARQUET = ["pyarrow>=20,<27"]
+CHECKPOINTS = ["tokenizers>=0.21,<0.24"]
 TEST = [
     *QUICKSTART,
     *NOTEBOOK,
     *VIDEO,
     *PARQUET,
+    *CHECKPOINTS,
     *GCS,
     *WANDB,
     "gcp-storage-emulator>=2026.7,<2027",
@@ -79,6 +81,7 @@ setup(
         "notebook": NOTEBOOK,
         "video": VIDEO,
         "parquet": PARQUET,
+        "checkpoints": CHECKPOINTS,
         "test": TEST,
         "gcs": GCS,
         "wandb": WANDB,

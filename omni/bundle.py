@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 import omni_tokenizers
 from omni.generate import Engine, PreparedRequest, per_modality, unconditional_shadow, wanted_modalities
 from omni.grammar import Grammar, Tokens
+from omni.interop import export_checkpoint, is_public, load_checkpoint
 from omni.likelihood import document_losses
 from omni.model import Transformer, decoder_on, make_decoder
 from omni.model.files import DESCRIPTION, load_transformer, save_transformer
@@ -152,6 +153,10 @@ class Model:
         length = self.context_length
         save_transformer(directory, self.transformer, context_length=length, belongs_to=belongs_to, dtype=dtype)
 
+    def export(self, directory: epath.PathLike, *, dtype: str = "float32") -> None:
+        """Writes a directory that transformers loads; see `omni.interop.export_checkpoint` for details and errors."""
+        export_checkpoint(self, directory, dtype)
+
     # Generation
 
     @functools.cached_property
@@ -265,17 +270,22 @@ def _logits(transformer: Transformer, ids, positions):
     return transformer(ids, positions, None)
 
 
-def load(name: epath.PathLike, mesh: MeshConfig | None = None) -> Model:
-    """Opens a model: the name of one that came with the package, a run, or a directory written by `Model.save`.
+def load(
+    name: epath.PathLike, mesh: MeshConfig | None = None, dtype: str = "float32", *, torch_reader: bool = False
+) -> Model:
+    """Opens a model: the name of one that came with the package, a run, a directory of `Model.save`, or a public
+    checkpoint's directory (docs/checkpoints.md, `omni.interop.load_checkpoint`).
 
     A directory that holds a model goes before a model in the box of the same name, any other directory does not.
 
     Args:
       mesh: how the transformer lies on this machine's devices, as for a training: `MeshConfig(tensor=4)` splits its
         layers over four and requests over what is left. Without it, one device holds and does everything.
+      dtype: type in which a public checkpoint's matrices are kept and its activations computed, float32 or bfloat16.
+      torch_reader: whether to read a public checkpoint in PyTorch's format with torch's weights_only reader.
 
     Raises:
-      UsageError: the mesh does not fit the devices.
+      UsageError: the mesh does not fit the devices, or a dtype for what is no public checkpoint.
       OmniError: if there is no model of that name, or its files are damaged; says what is missing.
     """
     boxed = sorted(path.name for path in MODELS.glob("*/"))
@@ -285,9 +295,14 @@ def load(name: epath.PathLike, mesh: MeshConfig | None = None) -> Model:
     if not directory.exists():
         known = ", ".join(boxed) or "none"
         raise OmniError(f"{name}: no such directory, nor a model in the box (there is: {known})")
-    if not (directory / DESCRIPTION).exists():
-        raise OmniError(f"{directory}: not a run or a model: it holds no {DESCRIPTION}")
-    return Model.load(directory, None if mesh is None else make_mesh(mesh))
+    devices = None if mesh is None else make_mesh(mesh)
+    if (directory / DESCRIPTION).exists():
+        if dtype != "float32":
+            raise UsageError(f"{directory}: dtype is for public checkpoints; a model's own is in its {DESCRIPTION}")
+        return Model.load(directory, devices)
+    if not is_public(directory):
+        raise OmniError(f"{directory}: not a run or a model: it holds no {DESCRIPTION}, nor a public checkpoint")
+    return Model(**vars(load_checkpoint(directory, devices, dtype, torch_reader)), mesh=devices)
 
 
 def _listed(parts) -> Sequence:

@@ -167,18 +167,19 @@ def make_parser() -> argparse.ArgumentParser:
         "--format",
         choices=("omni", "transformers"),
         default="omni",
-        help="what is to load the directory; transformers is for tokenizers (default: omni)",
+        help="what is to load the directory (default: omni)",
     )
 
     imports = verb(
         "import",
         verbs.run_import,
-        "Write the tokenizer of a public checkpoint as a directory of this package.",
-        "omni import encodec_24khz tokenizers/encodec\n"
+        "Write the model of a public checkpoint, or the tokenizer, as a directory of this package.",
+        "omni import Qwen3-0.6B models/qwen3\n  omni import encodec_24khz tokenizers/encodec\n"
         "  omni import vqgan.ckpt tokenizers/chameleon --image-size 512 --torch-reader",
     )
     imports.add_argument(
-        "source", help="a directory that transformers wrote, or a file of weights (docs/tokenizers.md)"
+        "source",
+        help="a directory that transformers wrote (docs/checkpoints.md), or a file of weights (docs/tokenizers.md)",
     )
     imports.add_argument("directory", type=Path)
     imports.add_argument("--image-size", type=int, help="pixels a side that a file's net is meant for (default: 256)")

@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 
 import omni_tokenizers
 from omni.parts import Audio, Image, Part, Text, Video
-from omni_tokenizers.base import DESCRIPTION
+from omni_tokenizers.base import DESCRIPTION, is_checkpoint
 from omni_tokenizers.codes import as_codes
 from omni_tokenizers.errors import OmniError, UsageError
 
@@ -41,8 +41,9 @@ def import_tokenizer(
 
 
 def is_tokenizer(directory: str) -> bool:
-    """Whether a directory holds a tokenizer of this package, rather than a model."""
-    return (epath.Path(directory) / DESCRIPTION).exists()
+    """Whether a directory holds a tokenizer of this package, rather than a model or what another package wrote."""
+    directory = epath.Path(directory)
+    return (directory / DESCRIPTION).exists() and not is_checkpoint(directory)
 
 
 def export_tokenizer(source: str, directory: Path, *, file_format: str, dtype: str) -> None:

@@ -211,23 +211,27 @@ def run_export(options: argparse.Namespace) -> None:
     _status(f"loading {options.model}")
     if is_tokenizer(options.model):
         export_tokenizer(options.model, options.directory, file_format=options.format, dtype=options.dtype)
-    elif options.format != "omni":
-        raise UsageError(
-            f"{options.model} is not a tokenizer's directory; only tokenizers are written for transformers"
-        )
+    elif options.format == "transformers":
+        omni.load(options.model).export(options.directory, dtype=options.dtype)
     else:
         omni.load(options.model).save(options.directory, dtype=options.dtype)
     _print_written(options.directory)
 
 
 def run_import(options: argparse.Namespace) -> None:
+    import omni
+    from omni.interop import holds_model
     from omni.tokenizer_tools import import_tokenizer
 
     _require_empty(options.directory)
     _status(f"reading {options.source}")
-    import_tokenizer(
-        options.source, options.directory, image_size=options.image_size, torch_reader=options.torch_reader
-    )
+    if not holds_model(options.source):
+        settings = {"image_size": options.image_size, "torch_reader": options.torch_reader}
+        import_tokenizer(options.source, options.directory, **settings)
+    elif options.image_size is not None:
+        raise UsageError(f"{options.source} holds a whole model, which says its size: leave --image-size out")
+    else:
+        omni.load(options.source, torch_reader=options.torch_reader).save(options.directory)
     _print_written(options.directory)
 
 

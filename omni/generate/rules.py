@@ -61,6 +61,7 @@ def make_rules(grammar: Grammar) -> Rules:
     tables, modalities = grammar.tables, len(grammar.modalities)
     end, inside, never = modalities, modalities + 1, modalities + 2
     control = [tables.bos_class, tables.turn_class, int(tables.class_of[tables.pad])]
+    control = [symbol for symbol in control if symbol != tables.eos_class]  # a family may begin and end with one token
 
     kind_at_top = np.full(tables.next_state.shape[1], never, np.int32)
     kind_at_top[tables.eos_class] = end

@@ -1,12 +1,13 @@
 """The transformer: parameters and training forward (`Transformer`), cached decoding (`decode`)."""
 
-from omni.model.config import TransformerConfig
+from omni.model.config import RopeScaling, TransformerConfig
 from omni.model.decode import CACHE_AXES, Decoder, apply_decoder, decoder_on, init_cache, make_decoder
 from omni.model.transformer import Transformer
 
 __all__ = [
     "CACHE_AXES",
     "Decoder",
+    "RopeScaling",
     "Transformer",
     "TransformerConfig",
     "apply_decoder",

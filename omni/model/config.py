@@ -10,6 +10,26 @@ TENSORS = ("query", "key", "value", "attention", "attention_output", "gate", "up
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies slowed for more tokens than a model was first trained on, as Llama 3.1 does: waves longer than
+    original_length / low_frequency tokens by `factor`, those shorter than original_length / high_frequency not at all,
+    and between them by what lies between."""
+
+    factor: float
+    """How many times as long the slowest waves become."""
+    low_frequency: float
+    """Waves that turn less often than this in `original_length` tokens are slowed wholly."""
+    high_frequency: float
+    """Waves that turn more often than this are left."""
+    original_length: int
+    """Tokens of the rows of the first training."""
+
+    def __post_init__(self) -> None:
+        if not (self.factor >= 1 and 0 < self.low_frequency < self.high_frequency and self.original_length > 0):
+            raise UsageError(f"{self} scales no rotary frequencies: a factor below 1, or frequencies that do not rise")
+
+
+@dataclass(frozen=True)
 class TransformerConfig:
     """Shape and variants of a decoder-only transformer, and how its training computes it."""
 
@@ -44,8 +64,12 @@ class TransformerConfig:
     """Base of the rotary frequencies."""
     rope: Literal["time", "time_row_column"] = "time"
     """Which of the three position coordinates rotate queries and keys."""
+    rope_scaling: RopeScaling | None = None
+    """What slows the rotary frequencies; None: nothing."""
     qk_norm: Literal["none", "rms", "layer"] = "rms"
     """Norm of queries and keys over head_dim, before the rotation; layer has a bias."""
+    qk_norm_per_head: bool = False
+    """Whether each head has scales (and biases) of its own in that norm; otherwise all heads share them."""
     dropout: float = 0.0
     """Rate of dropout on the embedding and on what each branch adds to the residual stream, in training."""
     tied_embeddings: bool = True
@@ -82,6 +106,8 @@ class TransformerConfig:
             raise UsageError(f"transformer dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.experts and self.experts_per_token > self.experts:
             raise UsageError(f"transformer experts_per_token is {self.experts_per_token}, of {self.experts} experts")
+        if self.qk_norm_per_head and self.qk_norm == "none":
+            raise UsageError('transformer qk_norm_per_head speaks of a norm; qk_norm is "none"')
         self._check_groups()
         self._check_tensors()
 

@@ -20,6 +20,7 @@ from omni.sharding import ShardingRules, named_sharding
 from omni_tokenizers import weights
 from omni_tokenizers.base import config_from_dict
 from omni_tokenizers.errors import OmniError
+from omni_tokenizers.tensor_files import open_file
 
 DESCRIPTION, WEIGHTS = "model.json", "weights.safetensors"
 FORMAT = 1
@@ -55,9 +56,9 @@ def save_transformer(
 
 
 def settings_of_the_model(config: TransformerConfig) -> dict[str, Any]:
-    """What a model is, as JSON: neither how its training was computed, nor, without experts, what concerns them."""
+    """What a model is, as JSON: neither how its training was computed, nor settings of what it does not have."""
     left_out = [*HOW_COMPUTED, *(() if config.experts else ("experts", "experts_per_token"))]
-    left_out += [] if config.expert_groups else ["expert_groups"]
+    left_out += [name for name in ("expert_groups", "rope_scaling", "qk_norm_per_head") if not getattr(config, name)]
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
 
 
@@ -73,7 +74,7 @@ def load_transformer(directory: epath.PathLike, mesh: Mesh | None = None) -> tup
     directory = epath.Path(directory)
     config, context_length, belongs_to = _read_description(directory / DESCRIPTION)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-    tensors, source = weights.read(directory / WEIGHTS), str(directory / WEIGHTS)
+    tensors, source = open_file(directory / WEIGHTS), str(directory / WEIGHTS)
     place = {} if mesh is None else {"place": partial(_on_mesh, mesh)}
     transformer = nnx.merge(graphdef, weights.unflatten(state, tensors, source, **place))
     return transformer, context_length, belongs_to

@@ -18,10 +18,26 @@ def rotation(config: TransformerConfig, positions: Int[Array, "batch length 3"])
     as in text, this is the one-dimensional rotation.
     """
     pairs = np.arange(config.head_dim // 2)
-    frequencies = jnp.float32(config.rope_theta ** (-2.0 * pairs / config.head_dim))
+    frequencies = jnp.float32(rope_frequencies(config))
     coordinate = np.zeros_like(pairs) if config.rope == "time" else pairs % 3
     angles = jnp.asarray(positions, jnp.float32)[..., coordinate] * frequencies
     return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+
+
+def rope_frequencies(config: TransformerConfig) -> Float[np.ndarray, " pairs"]:
+    """Radians a token, float64, by which each pair turns, slowed by `rope_scaling` if there is any.
+
+    Between the two bounds the factor's weight falls evenly with the turns in `original_length` tokens (Llama 3.1,
+    arXiv:2407.21783; the bounds are those of its config.json).
+    """
+    frequencies = config.rope_theta ** (-2.0 * np.arange(config.head_dim // 2) / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_length * frequencies / (2 * np.pi)
+    kept = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
+    kept = np.clip(kept, 0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def rotate(x: Float[Array, "batch length heads head_dim"], by: Rotation) -> Float[Array, "batch length heads head_dim"]:

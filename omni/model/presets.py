@@ -57,7 +57,8 @@ def active_parameter_count(config: TransformerConfig) -> int:
 def _count(config: TransformerConfig, experts: int) -> int:
     dim, heads = config.dim, config.heads + config.key_value_heads
     attention = 2 * dim * heads * config.head_dim
-    norms = 2 * dim + {"none": 0, "rms": 2, "layer": 4}[config.qk_norm] * config.head_dim
+    normed = {"none": 0, "rms": 1, "layer": 2}[config.qk_norm] * (heads if config.qk_norm_per_head else 2)
+    norms = 2 * dim + normed * config.head_dim
     feed = 3 * dim * config.mlp_dim * max(experts, 1) + dim * config.experts
     embeddings = config.vocabulary_size * dim * (1 if config.tied_embeddings else 2)
     return config.depth * (attention + norms + feed) + embeddings + dim

@@ -50,8 +50,12 @@ class Blocks(nnx.Module):
             value = jax.nn.initializers.truncated_normal(deviation)(rngs.params(), (config.depth, *shape))
             return nnx.Param(value, axes=("layers", *axes.split()))
 
-        def vector(fill: float, axis: str, size: int) -> nnx.Param:
-            return nnx.Param(jnp.full((config.depth, size), fill, jnp.float32), axes=("layers", axis))
+        def vector(fill: float, axes: str, *shape: int) -> nnx.Param:
+            return nnx.Param(jnp.full((config.depth, *shape), fill, jnp.float32), axes=("layers", *axes.split()))
+
+        def head_vector(fill: float, axis: str, number: int) -> nnx.Param:
+            own = (f"{axis} head_dim", number, head_dim) if config.qk_norm_per_head else ("head_dim", head_dim)
+            return vector(fill, *own)
 
         # The depth of the sum that ends in the residual stream: two branches a block (GPT-2's scaled initialisation).
         shrink = 1 / math.sqrt(2 * config.depth)
@@ -63,11 +67,11 @@ class Blocks(nnx.Module):
             "heads head_dim embed", heads, head_dim, dim, deviation=shrink * (heads * head_dim) ** -0.5
         )
         if config.qk_norm != "none":
-            self.query_norm = vector(1.0, "head_dim", head_dim)
-            self.key_norm = vector(1.0, "head_dim", head_dim)
+            self.query_norm = head_vector(1.0, "heads", heads)
+            self.key_norm = head_vector(1.0, "key_value_heads", groups)
         if config.qk_norm == "layer":
-            self.query_norm_bias = vector(0.0, "head_dim", head_dim)
-            self.key_norm_bias = vector(0.0, "head_dim", head_dim)
+            self.query_norm_bias = head_vector(0.0, "heads", heads)
+            self.key_norm_bias = head_vector(0.0, "key_value_heads", groups)
         self.mlp_norm = vector(1.0, "embed", dim)
         each, of = ("experts ", (config.experts,)) if config.experts else ("", ())
         if config.experts:
@@ -253,7 +257,8 @@ def mlp(weights: Weights, x: Stream) -> Stream:
 
 
 def head_norm(config: TransformerConfig, x: Heads, weights: Weights, name: str) -> Heads:
-    """QK-norm over head_dim: none, RMS, or LayerNorm with bias (one epsilon for all norms)."""
+    """QK-norm over head_dim: none, RMS, or LayerNorm with bias (one epsilon for all norms); scales and biases are
+    [head_dim], or [heads, head_dim]."""
     if config.qk_norm == "none":
         return x
     if config.qk_norm == "rms":
@@ -263,7 +268,9 @@ def head_norm(config: TransformerConfig, x: Heads, weights: Weights, name: str) 
     return (rms_norm(centred, weights[name], config.norm_epsilon) + weights[name + "_bias"]).astype(x.dtype)
 
 
-def rms_norm(x: Float[Array, "*batch dim"], scale: Float[Array, " dim"], epsilon: float) -> Float[Array, "*batch dim"]:
+def rms_norm(
+    x: Float[Array, "*batch dim"], scale: Float[Array, "*own dim"], epsilon: float
+) -> Float[Array, "*batch dim"]:
     """Root-mean-square norm over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467), computed in float32."""
     wide = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)

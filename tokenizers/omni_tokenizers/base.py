@@ -26,7 +26,8 @@ from omni_tokenizers.errors import OmniError
 DESCRIPTION = "tokenizer.json"
 WEIGHTS = "weights.safetensors"
 CHECKPOINT_CONFIG = "config.json"
-"""What a public checkpoint of transformers has in place of tokenizer.json."""
+"""What a public checkpoint of transformers has; its tokenizer.json, if any, is of another kind."""
+LARGEST_CHECKPOINT_CONFIG = 1 << 24  # Chameleon's config.json holds its vocabulary: 2 MB
 _CHUNK = 256  # rows that go through a net together
 
 # "type" in tokenizer.json -> where its class is; imported when a directory names it.
@@ -39,6 +40,7 @@ TYPES = {
     "encodec": "omni_tokenizers.encodec:EncodecTokenizer",
     "mimi": "omni_tokenizers.mimi:MimiTokenizer",
     "video": "omni_tokenizers.video:VideoTokenizer",
+    "text_json": "omni_tokenizers.text_json:JsonTextTokenizer",
     "text_sentencepiece": "omni_tokenizers.text:TextTokenizer",
 }
 
@@ -175,7 +177,9 @@ def load(directory: epath.PathLike) -> Tokenizer:
         OmniError: no tokenizer there, an unknown type, or files that are damaged or do not belong together.
     """
     directory = epath.Path(directory)
-    if not (directory / DESCRIPTION).exists() and (directory / CHECKPOINT_CONFIG).exists():
+    if is_checkpoint(directory) or (
+        not (directory / DESCRIPTION).exists() and (directory / CHECKPOINT_CONFIG).exists()
+    ):
         checkpoints = importlib.import_module("omni_tokenizers.checkpoints")
         return checkpoints.load_checkpoint(directory)
     description = read_description(directory)
@@ -191,6 +195,12 @@ def load(directory: epath.PathLike) -> Tokenizer:
             f"{description.get('hash')}; the files are damaged or of different tokenizers"
         )
     return tokenizer
+
+
+def is_checkpoint(directory: epath.PathLike) -> bool:
+    """Whether a directory's config.json is that of a public checkpoint; a run of this package has one of its own."""
+    path = epath.Path(directory) / CHECKPOINT_CONFIG
+    return path.exists() and "model_type" in read_object(path, LARGEST_CHECKPOINT_CONFIG)
 
 
 def write_description(directory: epath.Path, description: dict) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -17,7 +17,6 @@ from jaxtyping import Array
 
 from omni_tokenizers.errors import OmniError
 
-_LONGEST_HEADER = 100_000_000  # as the format's own reader has it
 _DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -50,7 +49,7 @@ def unflatten(
     source: str = "the weights",
     place: Callable[[np.ndarray, nnx.Variable], Array] = lambda value, _: jnp.asarray(value),
 ) -> nnx.State:
-    """A state like `state` (arrays or shapes) that holds `tensors`, each cast to the dtype of its place.
+    """A state like `state` (arrays or shapes) that holds `tensors`, each asked for once and cast to its place's dtype.
 
     `place` puts a variable's value onto the device or the devices where it belongs.
 
@@ -58,10 +57,7 @@ def unflatten(
         OmniError: a tensor is missing, unknown, of another shape or not finite; the message names it and `source`.
     """
     flat = {_name(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
-    if missing := sorted(flat.keys() - tensors.keys()):
-        raise OmniError(f"{source}: tensor {missing[0]!r} is missing{_more(missing)}")
-    if extra := sorted(tensors.keys() - flat.keys()):
-        raise OmniError(f"{source}: tensor {extra[0]!r} belongs to no parameter of this net{_more(extra)}")
+    require_names(tensors.keys(), flat.keys(), source)
     filled = []
     for name, (path, variable) in flat.items():
         value, wanted = np.asarray(tensors[name]), variable.get_value()
@@ -71,6 +67,14 @@ def unflatten(
             raise OmniError(f"{source}: tensor {name!r} holds values that are not finite; the file is damaged")
         filled.append((path, variable.replace(place(value.astype(wanted.dtype, copy=False), variable))))
     return nnx.from_flat_state(filled)
+
+
+def require_names(found: Set[str], wanted: Set[str], source: str) -> None:
+    """An `OmniError` that names a tensor which is missing among those found, or belongs to no parameter."""
+    if missing := sorted(wanted - found):
+        raise OmniError(f"{source}: tensor {missing[0]!r} is missing{_more(missing)}")
+    if extra := sorted(found - wanted):
+        raise OmniError(f"{source}: tensor {extra[0]!r} belongs to no parameter of this net{_more(extra)}")
 
 
 def sha256(path: epath.PathLike) -> str:
@@ -119,34 +123,11 @@ def read(path: epath.PathLike) -> dict[str, np.ndarray]:
         raise OmniError(f"{path}: there is no such file of weights") from None
     except safetensors.SafetensorError as error:
         raise OmniError(f"{path}: not a whole safetensors file ({error})") from None
-    return {name: _array(path, name, entry) for name, entry in entries}
+    return {name: as_array(path, name, entry) for name, entry in entries}
 
 
-def read_some(path: epath.PathLike, wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file whose names are `wanted`; the bytes of the others are not read.
-
-    Raises:
-        OmniError: no such file, or not a whole safetensors file.
-    """
-    path = epath.Path(path)
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(min(length, _LONGEST_HEADER)))
-            entries.pop("__metadata__", None)
-            arrays = {}
-            for name in filter(wanted, entries):
-                begin, end = entries[name]["data_offsets"]
-                file.seek(8 + length + begin)
-                arrays[name] = _array(path, name, entries[name] | {"data": file.read(end - begin)})
-            return arrays
-    except OSError:
-        raise OmniError(f"{path}: there is no such file of weights") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise OmniError(f"{path}: not a whole safetensors file ({error})") from None
-
-
-def _array(path: epath.Path, name: str, entry: dict) -> np.ndarray:
+def as_array(path: epath.Path, name: str, entry: Mapping[str, Any]) -> np.ndarray:
+    """An array of safetensors' dtype, shape and data; floating point ones as float32."""
     if entry["dtype"] not in _DTYPES:
         raise OmniError(f"{path}: tensor {name!r} has the type {entry['dtype']}, which cannot be read")
     value = np.frombuffer(bytes(entry["data"]), _DTYPES[entry["dtype"]]).reshape(entry["shape"])

@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import pickle
 import re
+import zipfile
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from omni_tokenizers import weights
-from omni_tokenizers.base import CHECKPOINT_CONFIG, NetTokenizer, read_object
+from omni_tokenizers.base import CHECKPOINT_CONFIG, LARGEST_CHECKPOINT_CONFIG, NetTokenizer, read_object
 from omni_tokenizers.errors import OmniError, UsageError
-
-_MODEL = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_LARGEST_DESCRIPTION = 1 << 24  # Chameleon's config.json holds its vocabulary: 2 MB
+from omni_tokenizers.tensor_files import MODEL, open_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def load_checkpoint(directory: epath.PathLike) -> NetTokenizer:
     path = directory / CHECKPOINT_CONFIG
     if not path.exists():
         raise OmniError(f"{directory}: no {CHECKPOINT_CONFIG} there, so this is not a directory of transformers")
-    values = read_object(path, _LARGEST_DESCRIPTION)
+    values = read_object(path, LARGEST_CHECKPOINT_CONFIG)
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in PLACES:
         raise OmniError(f"{path}: no tokenizer is known in a model of type {kind!r}, but in {', '.join(PLACES)}")
@@ -125,7 +125,7 @@ def export_checkpoint(tokenizer: NetTokenizer, directory: epath.PathLike) -> Non
     values, tensors = _imported(exporters[tokenizer.type])(tokenizer)
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    weights.write(directory / _MODEL, tensors, {"format": "pt"})
+    weights.write(directory / MODEL, tensors, {"format": "pt"})
     (directory / CHECKPOINT_CONFIG).write_text(json.dumps(values | {"dtype": "float32"}, indent=2) + "\n")
 
 
@@ -135,15 +135,7 @@ def read_prefixed(directory: epath.Path, prefix: str) -> dict[str, np.ndarray]:
     Raises:
         OmniError: no weights there, or damaged files.
     """
-    files, index = [_MODEL], directory / _INDEX
-    if index.exists():
-        places = read_object(index, _LARGEST_DESCRIPTION).get("weight_map")
-        if not isinstance(places, dict) or not all(_is_file_name(file) for file in places.values()):
-            raise OmniError(f"{index}: 'weight_map' must give the name of a file beside it for each tensor")
-        files = sorted({file for name, file in places.items() if name.startswith(prefix)})
-    tensors = {}
-    for file in files:
-        tensors |= weights.read_some(directory / file, lambda name: name.startswith(prefix))
+    tensors = open_directory(directory, lambda name: name.startswith(prefix))
     return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
@@ -155,6 +147,16 @@ def read_torch(path: epath.PathLike) -> dict[str, np.ndarray]:
     Raises:
         OmniError: no torch to read with, no such file, a damaged one, or one that holds more than plain weights.
     """
+    tensors = open_torch(path).items()
+    return {name: (value.float() if value.is_floating_point() else value).numpy() for name, value in tensors}
+
+
+def open_torch(path: epath.PathLike) -> dict[str, Any]:
+    """The tensors of `read_torch` as PyTorch's own; those of a file on a disk are mapped, so read when they are used.
+
+    Raises:
+        OmniError: as `read_torch`.
+    """
     path = epath.Path(path)
     try:
         import torch
@@ -162,7 +164,10 @@ def read_torch(path: epath.PathLike) -> dict[str, np.ndarray]:
         raise OmniError(f"{path}: PyTorch's files need torch: pip install 'omni-any-to-any[torch]'") from None
     try:
         with path.open("rb") as file:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            mapped = zipfile.is_zipfile(file) and "://" not in os.fspath(path)
+            file.seek(0)
+            source = os.fspath(path) if mapped else file
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:
         raise OmniError(f"{path}: there is no such file of weights") from None
     except pickle.UnpicklingError as error:
@@ -174,27 +179,21 @@ def read_torch(path: epath.PathLike) -> dict[str, np.ndarray]:
         ) from None
     except (RuntimeError, ValueError, KeyError, EOFError, TypeError, AttributeError, IndexError) as error:
         raise OmniError(f"{path}: not a whole file of PyTorch ({str(error).splitlines()[0][:200]})") from None
-    return _arrays(content, str(path))
+    return _named(content, str(path))
 
 
-def _arrays(content, source: str) -> dict[str, np.ndarray]:
-    """What `torch.load` gave, as named arrays."""
+def _named(content, source: str) -> dict[str, Any]:
+    """What `torch.load` gave, as named tensors."""
     for key in ("ema", "model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
     if not isinstance(content, dict) or not content:
         raise OmniError(f"{source}: expected named tensors, found {type(content).__name__}")
-    arrays = {}
     for name, value in content.items():
         if not hasattr(value, "is_floating_point"):
             raise OmniError(f"{source}: expected named tensors, but {name!r} is {type(value).__name__}")
-        arrays[str(name)] = (value.detach().float() if value.is_floating_point() else value.detach()).numpy()
-    return arrays
-
-
-def _is_file_name(value) -> bool:
-    return isinstance(value, str) and "/" not in value and "\\" not in value
+    return {str(name): value.detach() for name, value in content.items()}
 
 
 def _imported(reader: str):

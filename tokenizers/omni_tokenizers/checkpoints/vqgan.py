@@ -165,6 +165,17 @@ def to_transformers(tokenizer: VQGANTokenizer) -> tuple[dict[str, Any], dict[str
     return values, from_state(tokenizer.state, pairs(tokenizer.net, layout_rules("transformers", config)))
 
 
+def without_decoder(tokenizer: VQGANTokenizer) -> VQGANTokenizer:
+    """Its encoder and codebook alone, which give the same codes; the tokenizer itself if it has no decoder."""
+    if not tokenizer.config.has_decoder:
+        return tokenizer
+    config = dataclasses.replace(tokenizer.config, has_decoder=False)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: VQGAN(config, rngs=nnx.Rngs(0))))
+    tensors = weights.flatten(tokenizer.state)
+    kept = {name: tensors[name] for name in weights.shapes(state)}
+    return VQGANTokenizer(config, nnx.merge(graphdef, weights.unflatten(state, kept)))
+
+
 def pairs(net: nnx.Module, rules: Rules) -> list[Pair]:
     """A pair for each tensor of `net`: its name by `rules`, its layout by its axes."""
     result = []

@@ -1,0 +1,225 @@
+"""Public checkpoints of whole models, in and out: a file for each family, and what families share.
+
+A directory of transformers holds config.json, weights in safetensors and, if it is complete, tokenizer.json. What it
+holds besides in this package's own form (vocabulary.json, grammar.json, generation.json, tokenizers/MODALITY) goes
+before what its family is known for: so an export comes back as the model that it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from etils import epath
+from jax.sharding import Mesh
+
+import omni_tokenizers
+from omni.grammar import Grammar
+from omni.interop import chameleon, emu3, llama, qwen3
+from omni.interop import chameleon_original as release
+from omni.interop.family import Family, Preset
+from omni.interop.weights import NamedTensors, places_in, read_transformer, their_shapes, their_tensors
+from omni.model import Transformer, TransformerConfig
+from omni.vocabulary import Vocabulary
+from omni_tokenizers.base import CHECKPOINT_CONFIG, LARGEST_CHECKPOINT_CONFIG, is_checkpoint, read_object
+from omni_tokenizers.checkpoints import PLACES
+from omni_tokenizers.checkpoints.family import Settings
+from omni_tokenizers.errors import OmniError
+from omni_tokenizers.tensor_files import open_directory, write_directory
+from omni_tokenizers.text_json import JsonTextTokenizer
+
+if TYPE_CHECKING:
+    from omni.bundle import Model
+
+TOKENIZER = "tokenizer.json"
+FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (chameleon, emu3, llama, qwen3)}
+"""By "model_type"; an export is of the first that lacks nothing, so those with tokenizers of their own stand first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """What a `Model` is made of."""
+
+    transformer: Transformer
+    vocabulary: Vocabulary
+    grammar: Grammar
+    tokenizers: Mapping[str, omni_tokenizers.Tokenizer]
+    context_length: int
+    generation: Mapping[str, Mapping[str, float]] | None
+
+
+def holds_model(path: epath.PathLike) -> bool:
+    """Whether this is the directory of a whole model, rather than of a tokenizer, or a file.
+
+    Raises:
+      OmniError: a directory of transformers with neither that is known here.
+    """
+    if (epath.Path(path) / release.PARAMETERS).exists():
+        return True
+    path = epath.Path(path) / CHECKPOINT_CONFIG
+    if not path.exists():
+        return False
+    kind = read_object(path, LARGEST_CHECKPOINT_CONFIG).get("model_type")
+    if not isinstance(kind, str) or (kind not in FAMILIES and kind not in PLACES):
+        known = f"supported are {', '.join(FAMILIES)}; of tokenizers {', '.join(PLACES)}"
+        raise OmniError(f"{path}: nothing of type {kind!r} can be read; {known}")
+    return kind in FAMILIES
+
+
+def is_public(directory: epath.PathLike) -> bool:
+    """Whether a directory is one that others wrote; a run of this package is none."""
+    return is_checkpoint(directory) or (epath.Path(directory) / release.PARAMETERS).exists()
+
+
+def load_checkpoint(
+    directory: epath.PathLike, mesh: Mesh | None = None, dtype: str = "float32", torch_reader: bool = False
+) -> Pieces:
+    """A public checkpoint's model.
+
+    Tensors go one by one to the device or the devices, so that the host holds about one of them at a time. Where the
+    published vocabulary lacks a token that the grammar needs (a turn, padding), the embedding and the head get rows
+    behind the published ones, each the mean of those, and logits of published ids stay what they were.
+
+    Args:
+      mesh: the devices over which parameters are laid out by `ShardingRules`; None for one.
+      dtype: type in which matrices are kept and activations computed, float32 or bfloat16.
+      torch_reader: whether to read files of PyTorch, which are pickles, with torch's weights_only reader: those of
+        Chameleon's own release.
+
+    Raises:
+      OmniError: an unknown family, settings that are not supported, or files that are missing or damaged.
+    """
+    directory = epath.Path(directory)
+    if not (directory / CHECKPOINT_CONFIG).exists():
+        return _load_release(directory, mesh, dtype, torch_reader)
+    path = directory / CHECKPOINT_CONFIG
+    settings = Settings(read_object(path, LARGEST_CHECKPOINT_CONFIG), str(path))
+    family = _family(settings)
+    try:
+        config = family.read(settings)
+    except OmniError as error:
+        raise OmniError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
+    preset = _preset(directory, family, settings, config)
+    tensors, settings_file = open_directory(directory), directory / "generation.json"
+    return Pieces(
+        _transformer(config, preset, tensors, family, mesh, dtype),
+        preset.vocabulary,
+        Grammar(dict(preset.declaration), preset.vocabulary),
+        _tokenizers(directory, family, preset, any(name.startswith(family.others) for name in tensors)),
+        family.section(settings).get("max_position_embeddings", family.context_length),
+        read_object(settings_file) if settings_file.exists() else None,
+    )
+
+
+def _load_release(directory: epath.Path, mesh: Mesh | None, dtype: str, torch_reader: bool) -> Pieces:
+    """Chameleon as Meta released it."""
+    if not torch_reader:
+        raise OmniError(
+            f"{directory}: PyTorch's are pickles; ask for torch's weights_only reader, which takes tensors alone: "
+            "omni import --torch-reader, or torch_reader=True"
+        )
+    config, tensors = release.open_release(directory)
+    preset, text = release.release_preset(directory, config)
+    grammar = Grammar(dict(preset.declaration), preset.vocabulary)
+    transformer = _transformer(config, preset, tensors, chameleon.FAMILY, mesh, dtype)
+    tokenizers = {"text": text} | release.release_pictures(directory)
+    return Pieces(transformer, preset.vocabulary, grammar, tokenizers, chameleon.FAMILY.context_length, None)
+
+
+def _transformer(
+    config: TransformerConfig, preset: Preset, tensors: NamedTensors, family: Family, mesh: Mesh | None, dtype: str
+) -> Transformer:
+    places, published = places_in(tensors, config, family), config.vocabulary_size
+    config = dataclasses.replace(config, vocabulary_size=preset.vocabulary.size, compute_dtype=dtype)
+    return read_transformer(config, tensors, places, published, mesh)
+
+
+def _family(settings: Settings) -> Family:
+    kind = settings.values.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise OmniError(f"{settings.source}: no model of type {kind!r} can be read; supported are {known}")
+    return FAMILIES[kind]
+
+
+def _preset(directory: epath.Path, family: Family, settings: Settings, config: TransformerConfig) -> Preset:
+    """The family's vocabulary and grammar, or this package's own where they lie there, as an export leaves them."""
+    own = {name: directory / f"{name}.json" for name in ("vocabulary", "grammar")}
+    found = {name: read_object(path, LARGEST_CHECKPOINT_CONFIG) for name, path in own.items() if path.exists()}
+    if "vocabulary" not in found:
+        preset = family.preset(settings, config, _text(directory))
+        return dataclasses.replace(preset, declaration=found.get("grammar", preset.declaration))
+    if "grammar" not in found:
+        raise OmniError(
+            f"{own['grammar']}: no such file, without which {own['vocabulary'].name} says too little; add it"
+        )
+    vocabulary = Vocabulary.from_json(found["vocabulary"])
+    if vocabulary.size < config.vocabulary_size:
+        sizes = f"{vocabulary.size} ids, config.json {config.vocabulary_size}"
+        raise OmniError(f"{own['vocabulary']} has {sizes}; they are of different models")
+    return Preset(vocabulary, found["grammar"])
+
+
+def _text(directory: epath.Path) -> JsonTextTokenizer | None:
+    path = directory / TOKENIZER
+    return JsonTextTokenizer.from_file(path) if path.exists() else None
+
+
+def _tokenizers(
+    directory: epath.Path, family: Family, preset: Preset, inside: bool
+) -> dict[str, omni_tokenizers.Tokenizer]:
+    """Tokenizers, as far as they are there; this package's own go before those `inside` the weights."""
+    modalities = preset.declaration["modalities"]
+    own = {modality: directory / "tokenizers" / modality for modality in modalities}
+    found = {modality: omni_tokenizers.load(path) for modality, path in own.items() if path.exists()}
+    if "text" not in found and (directory / TOKENIZER).exists():
+        ids = preset.vocabulary.block(modalities["text"]["block"])
+        found["text"] = JsonTextTokenizer.from_file(directory / TOKENIZER, ids)
+    return family.tokenizers(directory) | found if inside and "image" not in found else found
+
+
+def export_checkpoint(model: Model, directory: epath.PathLike, dtype: str = "float32") -> None:
+    """Writes a model as a directory that transformers loads, and `load_checkpoint` again as the model that it is.
+
+    The vocabulary, the grammar and what transformers has no place for (such as decoders of pictures) go beside it, in
+    this package's own form, which transformers ignores.
+
+    Args:
+      dtype: type in which weights are stored: float32, float16 or bfloat16.
+
+    Raises:
+      OmniError: transformers has no such model.
+    """
+    family = _family_like(model)
+    directory = epath.Path(directory)
+    places, more = family.places(model.config, family.prefix), family.more_tensors(model)
+    shapes = their_shapes(model.transformer, places) | {name: value.shape for name, value in more.items()}
+    tensors = itertools.chain(their_tensors(model.transformer, places), more.items())
+    write_directory(directory, shapes, tensors, dtype)
+    _write_json(directory / CHECKPOINT_CONFIG, family.write(model) | {"dtype": dtype})
+    _write_json(directory / "vocabulary.json", model.vocabulary.to_json())
+    _write_json(directory / "grammar.json", model.grammar.to_json())
+    if model.generation:
+        _write_json(directory / "generation.json", model.generation)
+    for modality, tokenizer in model.tokenizers.items():
+        if isinstance(tokenizer, JsonTextTokenizer):
+            tokenizer.write_original(directory)
+        elif modality not in family.carries(model):
+            tokenizer.save(directory / "tokenizers" / modality)
+
+
+def _family_like(model: Model) -> Family:
+    """The family to which a model belongs by its configuration and its pieces."""
+    lacks = {family.name: family.lacks(model) for family in FAMILIES.values()}
+    for name, what in lacks.items():
+        if what is None:
+            return FAMILIES[name]
+    reasons = ", ".join(f"{name} has no {what}" for name, what in lacks.items())
+    raise OmniError(f"transformers has no model like this one: {reasons}")
+
+
+def _write_json(path: epath.Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")

@@ -1,0 +1,78 @@
+"""A public text model with its tokenizer: prompts in, replies out, everything kept on the way through files."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from public_models import golden
+from text_json import SAMPLE, trained
+
+import omni
+from omni_tokenizers.tensor_files import open_directory
+
+PIECES = 400
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A golden Llama with as many rows as a small tokenizer has pieces, and that tokenizer."""
+    random, stored = np.random.default_rng(0), golden("llama tied")
+    rows = {"model.embed_tokens.weight": random.normal(size=(PIECES, 16)).astype(np.float32)}
+    config = stored.config | {"vocab_size": PIECES}
+    path = tmp_path_factory.mktemp("llama")
+    dataclasses.replace(stored, config=config, tensors=stored.tensors | rows).write(path)
+    (path / "tokenizer.json").write_text(trained(PIECES))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+    return omni.load(directory)
+
+
+def test_text_becomes_published_ids(model):
+    """bos, the tokenizer's own ids, the turn, more text, eos; and back."""
+    tokenizer = model.tokenizers["text"]
+    for text in filter(None, SAMPLE):
+        ids = model.encode([omni.Text(text, context=True), text])
+        own = tokenizer.ids[tokenizer.encode(text)].tolist()
+        assert ids.tolist() == [1, *own, PIECES, *own, 2]
+        assert [part.text for part in model.decode(ids)] == [text, text]
+
+
+def test_replies_are_text(model):
+    """Constrained replies of random weights are text alone, and streams tell the same."""
+    reply = model.generate(["Hello"], seed=0, max_tokens=20, temperature=1.0)
+    assert reply.well_formed and set(reply.ids.tolist()) <= {2, *model.tokenizers["text"].ids.tolist()}
+    events = list(model.stream(["Hello"], seed=0, max_tokens=20, temperature=1.0))
+    assert "".join(event.text for event in events if event.kind == "text") == reply.text
+
+
+def test_one_token_may_begin_and_end_documents(directory, tmp_path):
+    """Where bos and eos are one id, replies still end with it, and documents are read as they were written."""
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    values = json.loads((tmp_path / "config.json").read_text()) | {"bos_token_id": 2}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    model = omni.load(tmp_path)
+    ids = model.encode([omni.Text("a", context=True), "b"])
+    assert ids[[0, -1]].tolist() == [2, 2] and [part.text for part in model.decode(ids)] == ["a", "b"]
+    reply = model.generate(["Hello"], want=["text"], seed=0, max_tokens=8, temperature=1.0)
+    assert (
+        reply.well_formed and reply.ids[-1] == 2 and set(reply.ids[:-1].tolist()) <= set(model.tokenizers["text"].ids)
+    )
+
+
+@pytest.mark.parametrize("way", ["save", "export"])
+def test_the_tokenizer_goes_along(model, directory, tmp_path, way):
+    """This package's directory and transformers' hold the tokenizer; ids and replies stay what they were."""
+    getattr(model, way)(tmp_path)
+    again = omni.load(tmp_path)
+    np.testing.assert_array_equal(again.encode(list(SAMPLE)), model.encode(list(SAMPLE)))
+    settings = {"seed": 3, "max_tokens": 12, "temperature": 1.0}
+    np.testing.assert_array_equal(again.generate(["a"], **settings).ids, model.generate(["a"], **settings).ids)
+    if way == "export":
+        assert (tmp_path / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
+        assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 512
+        assert open_directory(tmp_path).shape("model.embed_tokens.weight") == (512, 16)

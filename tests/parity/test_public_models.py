@@ -1,0 +1,158 @@
+"""Whole public models against transformers, every parameter noise: logits, greedy replies, the way in and out."""
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import omni
+from omni_tokenizers import weights
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install 'omni-any-to-any[parity]'")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'omni-any-to-any[parity]'")
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "interop"))
+from chameleon_reference import forward, random_ranks  # noqa: E402
+from public_models import greedy_with_cache, largest_error  # noqa: E402
+from text_json import SAMPLE, trained, write_chameleon_names  # noqa: E402
+from their_models import CASES, greedy, loaded, their_logits  # noqa: E402
+
+from omni_tokenizers.text_json import JsonTextTokenizer  # noqa: E402
+
+pytestmark = pytest.mark.parity
+
+TOLERANCE = 1e-4
+"""Of the largest logit, or of 1."""
+SHAPES = ((1, 1), (3, 7), (1, 24), (3, 40))
+"""Batches and lengths."""
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """The model of a case and the directory that transformers wrote."""
+
+    @functools.cache
+    def made(name):
+        directory = tmp_path_factory.mktemp(name.replace(" ", "_"))
+        return CASES[name].write(directory), directory
+
+    return made
+
+
+def ids_of(model, batch: int, length: int) -> np.ndarray:
+    """Random published ids: of a family with pictures, text and codes of pictures alike."""
+    return np.random.default_rng(length).integers(0, model.config.get_text_config().vocab_size, (batch, length))
+
+
+def logits(model, ids: np.ndarray) -> np.ndarray:
+    """Our logits in full precision."""
+    with jax.default_matmul_precision("highest"):
+        return model.logits(ids)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_theirs(name, theirs, capsys):
+    """A directory that transformers wrote gives its logits, at several lengths, alone and in a batch."""
+    model, directory = theirs(name)
+    ours, errors = omni.load(directory), []
+    for shape in SHAPES:
+        ids = ids_of(model, *shape)
+        expected = their_logits(model, ids)
+        assert expected.std() > 0.1
+        errors.append(largest_error(logits(ours, ids), expected))
+    with capsys.disabled():
+        print(f"\n{name}: logits {max(errors):.1e}", end="")
+    assert max(errors) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_tensor_matters(name, theirs, tmp_path):
+    """With any one imported tensor changed the comparison fails."""
+    model, directory = theirs(name)
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    tensors = weights.read(directory / "model.safetensors")
+    tensors = {key: value for key, value in tensors.items() if "vqmodel" not in key}
+    ids, random = ids_of(model, 1, 12), np.random.default_rng(0)
+    expected = their_logits(model, ids)
+    assert len(tensors) > 3 * 9
+    for key in tensors:
+        noise = 0.3 * random.standard_normal(tensors[key].shape).astype(np.float32)
+        weights.write(tmp_path / "model.safetensors", tensors | {key: tensors[key] + noise})
+        assert largest_error(logits(omni.load(tmp_path), ids), expected) > 10 * TOLERANCE, key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_tokens_equal_theirs_with_and_without_cache(name, theirs):
+    """64 likeliest tokens, one after the other: with our cache, without it, and theirs are the same."""
+    model, directory = theirs(name)
+    ours, prompt = omni.load(directory), ids_of(model, 2, 9)
+    published = model.config.get_text_config().vocab_size
+    cached = greedy_with_cache(ours, prompt, 64, published)
+    whole = np.concatenate([prompt, cached], axis=1)
+    np.testing.assert_array_equal(logits(ours, whole)[:, 8:-1, :published].argmax(-1), cached)
+    np.testing.assert_array_equal(greedy(model, prompt, 64), cached)
+    assert len(np.unique(cached)) > 4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_export_is_what_transformers_loads(name, theirs, tmp_path, capsys):
+    """Read, written, and read by transformers: every key known, none missing, the same logits; and so again here."""
+    model, directory = theirs(name)
+    ours, ids = omni.load(directory), ids_of(model, 3, 24)
+    ours.export(tmp_path / "theirs")
+    again, unknown = loaded(tmp_path / "theirs")
+    assert unknown == [] and again.config.model_type == model.config.model_type
+    found = (
+        largest_error(logits(ours, ids), their_logits(again, ids)),
+        largest_error(their_logits(again, ids), their_logits(model, ids)),
+    )
+    with capsys.disabled():
+        print(f"\n{name}: exported {max(found):.1e}", end="")
+    assert max(found) < TOLERANCE
+    back = omni.load(tmp_path / "theirs")
+    assert back.vocabulary.hash == ours.vocabulary.hash and back.grammar.hash == ours.grammar.hash
+    np.testing.assert_array_equal(back.logits(ids), ours.logits(ids))
+
+
+def test_a_model_made_here_is_transformers_own(tiny_model, tmp_path):
+    """What this package trains, written for transformers, gives the same logits there at all ids."""
+    tiny_model.export(tmp_path)
+    theirs, unknown = loaded(tmp_path)
+    ids = np.random.default_rng(0).integers(0, tiny_model.vocabulary.size, (2, 20))
+    assert unknown == [] and largest_error(logits(tiny_model, ids), their_logits(theirs, ids)) < TOLERANCE
+
+
+def test_text_ids_equal_theirs(theirs, tmp_path):
+    """Many scripts, code and emoji: ids of transformers' tokenizer, from a checkpoint and from its export."""
+    (tmp_path / "tokenizer.json").write_text(trained())
+    mine = JsonTextTokenizer.from_file(tmp_path / "tokenizer.json")
+    mine.write_original(tmp_path)
+    (tmp_path / "config.json").write_text((theirs("llama")[1] / "config.json").read_text())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in SAMPLE:
+        expected = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert mine.ids[mine.encode(text)].tolist() == expected
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_chameleons_release_is_read_by_torch(tmp_path, ranks, run):
+    """Files of PyTorch, one or one a rank, in bfloat16 and beside params.json, are the model that the slow pass is."""
+    parameters = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "swin_norm": ranks > 1}
+    numbers = random_ranks(parameters, ranks, 448, 48)
+    tensors = [{name: torch.tensor(value).bfloat16() for name, value in rank.items()} for rank in numbers]
+    for number, rank in enumerate(tensors):
+        name = "consolidated.pth" if ranks == 1 else f"consolidated.{number:02}.pth"
+        torch.save(rank | {"rope.freqs": torch.zeros(4)}, tmp_path / name)
+    (tmp_path / "params.json").write_text(json.dumps({"model": parameters}))
+    write_chameleon_names(tmp_path)
+    code, _, err = run("import", tmp_path, tmp_path / "ours", "--torch-reader")
+    assert code == 0, err
+    model, ids = omni.load(tmp_path / "ours"), np.random.default_rng(0).integers(0, 448, (1, 12))
+    rounded = [{name: value.float().numpy() for name, value in rank.items()} for rank in tensors]
+    found = logits(model, ids)[0, :, :448]
+    assert largest_error(found, forward(parameters, rounded, ids[0])) < TOLERANCE
+    assert model.decode(model.encode([omni.Text("IMGIMGAZ", context=True)]))[0].text == "IMGIMGAZ"
