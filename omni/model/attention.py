@@ -43,10 +43,19 @@ def balanced_order(length: int, count: int) -> Int[np.ndarray, " length"]:
     return np.stack([early, late[::-1]], axis=1).reshape(length)
 
 
-def as_they_come(x: Shaped[Array, "batch length ..."], count: int) -> Shaped[Array, "batch length ..."]:
-    """Tokens in the order of their rows, that stand in the balanced order for so many devices."""
-    stretches = x.reshape(x.shape[0], count, 2, -1, *x.shape[2:])
-    return jnp.stack([stretches[:, :, 0], stretches[:, ::-1, 1]], axis=1).reshape(x.shape)
+def gathered(
+    x: Shaped[Array, "batch stretch ..."], axes: tuple[str, ...], *, balanced: bool
+) -> Shaped[Array, "batch length ..."]:
+    """The tokens of whole rows, in their order, of which each device along `axes` has a stretch, or two if `balanced`.
+
+    Inside `jax.shard_map`. What travels back is summed where it belongs.
+    """
+    if not axes:
+        return x
+    if not balanced:
+        return jax.lax.all_gather(x, axes, axis=1, tiled=True)
+    halves = jax.lax.all_gather(x.reshape(x.shape[0], 2, -1, *x.shape[2:]), axes, axis=2)
+    return jnp.stack([halves[:, 0], halves[:, 1, ::-1]], axis=1).reshape(x.shape[0], -1, *x.shape[2:])
 
 
 def attend(
@@ -84,26 +93,21 @@ def attend(
     queries = named_sharding(("batch", "length", "heads", None), rules, mesh, query.shape).spec
     if mesh_axes(queries[2]) and key.shape[2] % spread(mesh, queries[2]):
         key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
-    whole = PartitionSpec(queries[0], None, queries[2], None)
+    lengths = mesh_axes(queries[1])
 
-    lengths = spread(mesh, queries[1])
+    def local(query, key, value, own, places, *kernel_state):
+        key, value, segments = (gathered(x, lengths, balanced=order is not None) for x in (key, value, own))
+        return _kernel(config, *kernel_state)(query, key, value, own, segments, places)
 
-    def local(query, key, value, own, all_segments, places, *kernel_state):
-        key, value, all_segments = (
-            x if order is None else as_they_come(x, lengths) for x in (key, value, all_segments)
-        )
-        return _kernel(config, *kernel_state)(query, key, value, own, all_segments, places)
-
-    state = _splash(config, query, places, spread(mesh, queries[2]), lengths)
+    state = _splash(config, query, places, spread(mesh, queries[2]), spread(mesh, queries[1]))
     state_specs = [splash.specs(kernel, mesh, queries[2], queries[1]) for kernel in state]
-    rows = PartitionSpec(queries[0], queries[1]), PartitionSpec(queries[0], None), PartitionSpec(queries[1])
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(queries, whole, whole, *rows, *state_specs),
+        in_specs=(queries, queries, queries, PartitionSpec(*queries[:2]), PartitionSpec(queries[1]), *state_specs),
         out_specs=(queries, None if state else PartitionSpec(*queries[:3])),
         check_vma=config.attention != "splash",  # the kernel does not say how its outputs vary
-    )(query, key, value, segments, segments, places, *state)
+    )(query, key, value, segments, places, *state)
 
 
 def check_kernel(config: TransformerConfig) -> None:
