@@ -23,7 +23,7 @@ from omni.interop import chameleon_original as release
 from omni.interop.family import Family, Preset
 from omni.interop.weights import NamedTensors, places_in, read_transformer, their_shapes, their_tensors
 from omni.model import Transformer, TransformerConfig
-from omni.vocabulary import Vocabulary
+from omni.vocabulary import LARGEST, Vocabulary
 from omni_tokenizers.base import CHECKPOINT_CONFIG, LARGEST_CHECKPOINT_CONFIG, is_checkpoint, read_object
 from omni_tokenizers.checkpoints import PLACES
 from omni_tokenizers.checkpoints.family import Settings
@@ -102,6 +102,8 @@ def load_checkpoint(
         config = family.read(settings)
     except OmniError as error:
         raise OmniError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
+    if config.vocabulary_size > LARGEST:
+        raise OmniError(f"{path}: vocab_size {config.vocabulary_size} is more than {LARGEST}")
     preset = _preset(directory, family, settings, config)
     tensors, settings_file = open_directory(directory), directory / "generation.json"
     return Pieces(
@@ -118,8 +120,8 @@ def _load_release(directory: epath.Path, mesh: Mesh | None, dtype: str, torch_re
     """Chameleon as Meta released it."""
     if not torch_reader:
         raise OmniError(
-            f"{directory}: PyTorch's are pickles; ask for torch's weights_only reader, which takes tensors alone: "
-            "omni import --torch-reader, or torch_reader=True"
+            f"{directory}: files of PyTorch are pickles; ask for torch's weights_only reader, which takes tensors "
+            "alone: omni import --torch-reader, or torch_reader=True"
         )
     config, tensors = release.open_release(directory)
     preset, text = release.release_preset(directory, config)

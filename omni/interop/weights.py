@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
-from omni.interop.family import Family, Place
+from omni.interop.family import LAYER, Family, Place
 from omni.model import Transformer, TransformerConfig
 from omni.sharding import ShardingRules, named_sharding
 from omni_tokenizers import weights
@@ -49,6 +49,9 @@ def places_in(tensors: NamedTensors, config: TransformerConfig, family: Family) 
     """
     prefixes = (family.prefix, *family.other_prefixes)
     prefix = next((each for each in prefixes if f"{each}norm.weight" in tensors), family.prefix)
+    last = f"{prefix}layers.{config.depth - 1}.{LAYER['attention_norm']}"
+    if last not in tensors:  # said before as many names are made as a config.json may ask for
+        raise OmniError(f"{tensors.source}: tensor {last!r} is missing; config.json has {config.depth} layers")
     places = family.places(config, prefix)
     wanted = {place.theirs for place in places}
     known = [name for name in tensors if not name.startswith(family.others) and not name.endswith(_CONSTANTS)]
@@ -75,15 +78,18 @@ def read_transformer(
     groups: dict[str, list[Place]] = {}
     for place in places:
         groups.setdefault(place.ours, []).append(place)
+    flat = {".".join(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
+    for name, (_, variable) in flat.items():  # all shapes before anything is made of them
+        shape = variable.get_value().shape
+        for place in groups[name]:
+            rows = published if name in _VOCABULARY else shape[0]
+            _require_shape(tensors, place, (rows, *shape[1:]) if place.layer is None else shape[1:])
     filled = []
-    for path, variable in nnx.to_flat_state(state):
-        name = ".".join(path)
+    for name, (path, variable) in flat.items():
         shape, axes = variable.get_value().shape, variable.get_metadata()["axes"]
         dtype = jnp.float32 if "norm" in name else jnp.dtype(config.compute_dtype)
         if groups[name][0].layer is None:
-            rows = published if name in _VOCABULARY else shape[0]
-            value = _checked(tensors, groups[name][0], (rows, *shape[1:]))
-            array = _whole(value, shape, dtype, _sharding(mesh, axes, shape))
+            array = _whole(_finite(tensors, groups[name][0]), shape, dtype, _sharding(mesh, axes, shape))
         else:
             array = _stacked(tensors, groups[name], shape, dtype, mesh, axes)
         filled.append((path, variable.replace(array)))
@@ -125,7 +131,7 @@ def _stacked(
     stack = jnp.zeros(shape, dtype, device=sharding)
     write = jax.jit(_write_layer, donate_argnums=0, out_shardings=sharding)
     for place in places:
-        value = to_ours(place.ours, _checked(tensors, place, their_shape(place.ours, shape[1:])), shape[1:])
+        value = to_ours(place.ours, _finite(tensors, place), shape[1:])
         stack = write(stack, jax.device_put(value.astype(dtype, copy=False), own), place.layer)
     return stack
 
@@ -135,15 +141,20 @@ def _write_layer(stack: Array, value: Array, layer: Int[Array, ""]) -> Array:
     return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
 
 
-def _checked(tensors: NamedTensors, place: Place, shape: tuple[int, ...]) -> Float[np.ndarray, "*shape"]:
-    """A tensor of the checkpoint, float32, if it is what the model needs; its shape is seen before it is read."""
-    name = place.theirs
-    if tensors.shape(name) != shape:
-        found, needed = list(tensors.shape(name)), list(shape)
-        raise OmniError(f"{tensors.source}: tensor {name!r} has the shape {found}, config.json needs {needed}")
-    value = tensors[name]
+def _require_shape(tensors: NamedTensors, place: Place, shape: tuple[int, ...]) -> None:
+    """An OmniError if a tensor, which is not read, has another shape than our parameter (or its layer) asks for."""
+    found, needed = tensors.shape(place.theirs), their_shape(place.ours, shape)
+    if found != needed:
+        shapes = f"{list(found)}, config.json needs {list(needed)}"
+        raise OmniError(f"{tensors.source}: tensor {place.theirs!r} has the shape {shapes}")
+
+
+def _finite(tensors: NamedTensors, place: Place) -> Float[np.ndarray, "*shape"]:
+    """A tensor of the checkpoint, float32; OmniError if it is damaged."""
+    value = tensors[place.theirs]
     if not np.isfinite(value).all():
-        raise OmniError(f"{tensors.source}: tensor {name!r} holds values that are not finite; the file is damaged")
+        source, name = tensors.source, place.theirs
+        raise OmniError(f"{source}: tensor {name!r} holds values that are not finite; the file is damaged")
     return value
 
 

@@ -276,7 +276,10 @@ def cut(directory):
         (change_config(num_attention_heads=0), "heads is 0"),
         (change_config(bos_token_id=96), "bos_token_id = 96 is no id below 96"),
         (change_config(eos_token_id=[True]), "eos_token_id = True is no id"),
-        (change_config(num_hidden_layers=3), r"'model.layers.2.\S+' is missing \(and 10 more\)"),
+        (change_config(num_hidden_layers=3), r"'model.layers.2.\S+' is missing; config.json has 3 layers"),
+        (change_config(num_hidden_layers=10**12), "config.json has 1000000000000 layers"),
+        (change_config(vocab_size=10**12), "vocab_size 1000000000000 is more than"),
+        (change_config(hidden_size=10**9), r"has the shape \[16\], config.json needs \[1000000000\]"),
         (change_config(num_hidden_layers=1), "'model.layers.1.input_layernorm.weight' belongs to no parameter"),
         (
             change_config(intermediate_size=25),
