@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,6 +84,8 @@ class Grammar:
             raise OmniError('grammar: "modalities" needs "text": {"block": name}')
         if set(declaration.get("control", ())) != {"bos", "turn", "eos", "pad"}:
             raise OmniError('grammar: "control" must name exactly "bos", "turn", "eos" and "pad"')
+        if wrong := [name for name in modalities if not re.fullmatch("[A-Za-z0-9_-]{1,64}", name)]:  # names of folders
+            raise OmniError(f"grammar: modality {wrong[0][:80]!r}: a name is letters, digits, - and _")
         self.declaration, self.vocabulary = declaration, vocabulary
         self.modalities = ("text", *(name for name in modalities if name != "text"))
         self.control = {role: vocabulary.token(name) for role, name in declaration["control"].items()}

@@ -164,6 +164,8 @@ def events(processor: Processor, increments: Iterator[Int[np.ndarray, " tokens"]
             if isinstance(part, Text):
                 # Bytes of a character may still be missing at the end of what has come.
                 whole = part.text.rstrip("\ufffd") if still_open else part.text
+                if still_open and not whole.startswith(shown):  # a tokenizer may take back more than the last character
+                    continue
                 if whole[len(shown) :]:
                     yield Event("text", index, text=whole[len(shown) :])
                 shown = whole if still_open else ""

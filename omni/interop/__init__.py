@@ -20,7 +20,7 @@ import omni_tokenizers
 from omni.grammar import Grammar
 from omni.interop import chameleon, emu3, llama, qwen3
 from omni.interop import chameleon_original as release
-from omni.interop.family import Family, Preset
+from omni.interop.family import Family, Place, Preset
 from omni.interop.weights import NamedTensors, places_in, read_transformer, their_shapes, their_tensors
 from omni.model import Transformer, TransformerConfig
 from omni.vocabulary import LARGEST, Vocabulary
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from omni.bundle import Model
 
 TOKENIZER = "tokenizer.json"
+LONGEST_CONTEXT = 1 << 30
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (chameleon, emu3, llama, qwen3)}
 """By "model_type"; an export is of the first that lacks nothing, so those with tokenizers of their own stand first."""
 
@@ -104,14 +105,22 @@ def load_checkpoint(
         raise OmniError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
     if config.vocabulary_size > LARGEST:
         raise OmniError(f"{path}: vocab_size {config.vocabulary_size} is more than {LARGEST}")
-    preset = _preset(directory, family, settings, config)
+    context = family.section(settings).get("max_position_embeddings", family.context_length)
+    if not 1 <= context <= LONGEST_CONTEXT:
+        raise OmniError(f"{path}: max_position_embeddings is {context}; it must be 1 to {LONGEST_CONTEXT}")
     tensors, settings_file = open_directory(directory), directory / "generation.json"
+    places = places_in(tensors, config, family)
+    try:
+        preset = _preset(directory, family, settings, config)
+        grammar = Grammar(dict(preset.declaration), preset.vocabulary)
+    except OmniError as error:
+        raise OmniError(str(error) if str(error).startswith(str(directory)) else f"{directory}: {error}") from None
     return Pieces(
-        _transformer(config, preset, tensors, family, mesh, dtype),
+        _transformer(config, preset, tensors, places, mesh, dtype),
         preset.vocabulary,
-        Grammar(dict(preset.declaration), preset.vocabulary),
+        grammar,
         _tokenizers(directory, family, preset, any(name.startswith(family.others) for name in tensors)),
-        family.section(settings).get("max_position_embeddings", family.context_length),
+        context,
         read_object(settings_file) if settings_file.exists() else None,
     )
 
@@ -126,15 +135,21 @@ def _load_release(directory: epath.Path, mesh: Mesh | None, dtype: str, torch_re
     config, tensors = release.open_release(directory)
     preset, text = release.release_preset(directory, config)
     grammar = Grammar(dict(preset.declaration), preset.vocabulary)
-    transformer = _transformer(config, preset, tensors, chameleon.FAMILY, mesh, dtype)
+    places = places_in(tensors, config, chameleon.FAMILY)
+    transformer = _transformer(config, preset, tensors, places, mesh, dtype)
     tokenizers = {"text": text} | release.release_pictures(directory)
     return Pieces(transformer, preset.vocabulary, grammar, tokenizers, chameleon.FAMILY.context_length, None)
 
 
 def _transformer(
-    config: TransformerConfig, preset: Preset, tensors: NamedTensors, family: Family, mesh: Mesh | None, dtype: str
+    config: TransformerConfig,
+    preset: Preset,
+    tensors: NamedTensors,
+    places: list[Place],
+    mesh: Mesh | None,
+    dtype: str,
 ) -> Transformer:
-    places, published = places_in(tensors, config, family), config.vocabulary_size
+    published = config.vocabulary_size
     config = dataclasses.replace(config, vocabulary_size=preset.vocabulary.size, compute_dtype=dtype)
     return read_transformer(config, tensors, places, published, mesh)
 

@@ -28,7 +28,7 @@ from omni.interop.family import (
     with_new_ids,
     write_config,
 )
-from omni.interop.pictures import PLACEHOLDER, code_table, vocabulary_map
+from omni.interop.pictures import PLACEHOLDER, code_table, stages, vocabulary_map
 from omni.model import TransformerConfig
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.checkpoints.family import Settings
@@ -63,7 +63,7 @@ LUMINA_ROW_END, LUMINA_SIZE = 8803, 8804
 """Ids of Lumina-mGPT's ends of rows, and of a side of no units; those of more units follow."""
 _VQMODEL = "model.vqmodel."
 _LETTERS, _DIGITS = "ABCDEFGHIJ", "0123456789"
-CODE = re.compile(rf"IMGIMG([{_LETTERS}]+)Z")
+CODE = re.compile(rf"IMGIMG([{_LETTERS}]{{1,9}})Z")
 _NO_TEXT = re.compile(rf"{CODE.pattern}|<reserved\d+>|<unk>|<mask>|{PLACEHOLDER}")
 
 
@@ -81,14 +81,14 @@ def preset(settings: Settings, config: TransformerConfig, text: JsonTextTokenize
       OmniError: no map, or names of pictures' codes that are not those of 0, 1, 2, ..., each once.
     """
     names = vocabulary_map(settings, config.vocabulary_size)
-    pictures = Settings(settings.values.get("vq_config") or {}, f"{settings.source}: vq_config")
+    pictures = settings.section("vq_config")
     named = [(_code(name), token) for name, token in names.items() if CODE.fullmatch(name)]
     codes = code_table(named, pictures.get("num_embeddings", 8192), settings.source)
-    side = pictures.get("resolution", 512) >> (len(pictures.get("channel_multiplier", (1, 1, 2, 2, 4))) - 1)
+    side = pictures.get("resolution", 512) // 2 ** (stages(pictures, (1, 1, 2, 2, 4)) - 1)
     ids = control_ids(settings, config.vocabulary_size)
     ids |= {role: names[name] for role, name in ROLES.items() if name in names}
     size = with_new_ids(ids, config.vocabulary_size, tuple(ROLES))
-    special = {ROLES[role]: token for role, token in ids.items()}
+    special = {ROLES.get(role, f"<{role}>"): token for role, token in ids.items()}
     special |= {name: names[name] for name in (PLACEHOLDER,) if name in names}
     no_text = [token for name, token in names.items() if _NO_TEXT.fullmatch(name)]
     blocks = {"text": text_ids(config.vocabulary_size, text, [*no_text, *special.values()]), "image": codes}

@@ -28,7 +28,7 @@ from omni.interop.family import (
     with_new_ids,
     write_config,
 )
-from omni.interop.pictures import PLACEHOLDER, code_table, vocabulary_map
+from omni.interop.pictures import PLACEHOLDER, code_table, stages, vocabulary_map
 from omni.model import TransformerConfig
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.checkpoints.emu3 import to_transformers
@@ -94,7 +94,7 @@ def preset(settings: Settings, config: TransformerConfig, text: JsonTextTokenize
     """
     own, published = section(settings), config.vocabulary_size
     names = vocabulary_map(settings, published)
-    pictures = Settings(settings.values.get("vq_config") or {}, f"{settings.source}: vq_config")
+    pictures = settings.section("vq_config")
     named = [(int(match[1]), names[match[0]]) for match in map(_CODE.fullmatch, names) if match]
     codes = code_table(named, pictures.get("codebook_size", 32_768), settings.source)
     ids = control_ids(Settings(CONTROL | own.values, own.source), published)
@@ -103,7 +103,7 @@ def preset(settings: Settings, config: TransformerConfig, text: JsonTextTokenize
     special |= {name: names[name] for name in (*ROLES.values(), PLACEHOLDER) if name in names}
     no_text = [token for name, token in names.items() if _NO_TEXT.fullmatch(name)]
     blocks = {"text": text_ids(published, text, [*no_text, *special.values()]), "image": codes}
-    step = 2 ** (len(pictures.get("channel_multiplier", (1, 2, 2, 4))) - 1)
+    step = 2 ** (stages(pictures, (1, 2, 2, 4)) - 1)
     spell, context = _spelling(names, text), own.get("max_position_embeddings", CONTEXT_LENGTH)
     written = sizes(step, context, spell) if spell and names.keys() >= set(ROLES.values()) else []
     if not written:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ from omni_tokenizers.text_json import JsonTextTokenizer
 
 if TYPE_CHECKING:
     from omni.bundle import Model
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +190,7 @@ def _rope(settings: Settings, theta: float) -> tuple[float, RopeScaling | None]:
 def write_config(model: Model, name: str, architecture: str) -> dict[str, Any]:
     """What `read_config` reads back, as transformers has it."""
     config, control = model.config, model.grammar.control
+    ends = [control["eos"], *(id for name, id in model.vocabulary.special.items() if name.startswith("<eos "))]
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
         rope |= {
@@ -207,7 +212,7 @@ def write_config(model: Model, name: str, architecture: str) -> dict[str, Any]:
         "tie_word_embeddings": config.tied_embeddings,
         "max_position_embeddings": model.context_length,
         "bos_token_id": control["bos"],
-        "eos_token_id": control["eos"],
+        "eos_token_id": ends if len(ends) > 1 else control["eos"],
         "pad_token_id": control["pad"],
     }
 
@@ -232,26 +237,33 @@ def text_preset(settings: Settings, config: TransformerConfig, text: JsonTextTok
     published = config.vocabulary_size
     ids = control_ids(settings, published)
     names = {role: f"<{role}>" for role in ("bos", "turn", "eos", "pad")}
+    more = {role: f"<{role}>" for role in ids.keys() - names.keys()}
     if "bos" in ids and ids["bos"] == ids.get("eos"):
         names["bos"] = names["eos"]
     size = with_new_ids(ids, published, ("bos", "turn", "eos", "pad"))
-    special = {names[role]: token for role, token in ids.items()}
+    special = {(names | more)[role]: token for role, token in ids.items()}
     pieces = text_ids(published, text, list(ids.values()))
     declaration = {"format": 1, "control": names, "modalities": {"text": {"block": "text"}}}
     return Preset(Vocabulary(size, {"text": pieces}, special), declaration)
 
 
 def control_ids(settings: Settings, published: int) -> dict[str, int]:
-    """Ids of bos, eos and pad as a config.json gives them, as far as it does; of several eos the first."""
+    """Ids of bos, eos and pad as a config.json gives them, as far as it does.
+
+    Of several eos the first ends documents here; the others are "eos 2", "eos 3" ..., neither text nor ever emitted.
+    """
     ids: dict[str, int] = {}
     for role in ("bos", "eos", "pad"):
         value = settings.values.get(f"{role}_token_id")
-        value = value[0] if isinstance(value, list) and value else value
-        if value is None or value == -1 or (role == "pad" and value in ids.values()):
-            continue
-        if type(value) is not int or not 0 <= value < published:
-            raise OmniError(f"{settings.source}: {role}_token_id = {value!r} is no id below {published}")
-        ids[role] = value
+        values = dict.fromkeys(value) if role == "eos" and isinstance(value, list) else [value]
+        for number, value in enumerate(values, start=1):
+            if value is None or value == -1 or (value in ids.values() and (role == "pad" or number > 1)):
+                continue
+            if type(value) is not int or not 0 <= value < published:
+                raise OmniError(f"{settings.source}: {role}_token_id = {value!r} is no id below {published}")
+            ids[role if number == 1 else f"{role} {number}"] = value
+        if role == "eos" and len(values) > 1:
+            log.warning("%s: of several eos_token_id the first, %s, ends replies here", settings.source, ids["eos"])
     return ids
 
 

@@ -29,6 +29,14 @@ def vocabulary_map(settings: Settings, published: int) -> dict[str, int]:
     return names
 
 
+def stages(pictures: Settings, default: tuple[int, ...]) -> int:
+    """How many stages a net of pictures has, each but the last of which halves them; `OmniError` if they are none."""
+    count = len(pictures.get("channel_multiplier", default))
+    if not 1 <= count <= 16:
+        raise OmniError(f"{pictures.source}: channel_multiplier has {count} stages; it must be 1 to 16")
+    return count
+
+
 def code_table(named: Iterable[tuple[int, int]], codes: int, source: str) -> Int[np.ndarray, " codes"]:
     """The id of each code of a picture, from (code, id) of each name.
 

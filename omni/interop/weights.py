@@ -50,13 +50,24 @@ def places_in(tensors: NamedTensors, config: TransformerConfig, family: Family) 
     prefixes = (family.prefix, *family.other_prefixes)
     prefix = next((each for each in prefixes if f"{each}norm.weight" in tensors), family.prefix)
     last = f"{prefix}layers.{config.depth - 1}.{LAYER['attention_norm']}"
-    if last not in tensors:  # said before as many names are made as a config.json may ask for
+    if last not in tensors:
         raise OmniError(f"{tensors.source}: tensor {last!r} is missing; config.json has {config.depth} layers")
+    count = sum(name.startswith(f"{prefix}layers.") for name in tensors)
+    if count < config.depth:  # before as many names are made as a config.json may ask for
+        raise OmniError(f"{tensors.source}: {count} tensors of layers; config.json has {config.depth} layers")
+    embedding = f"{prefix}embed_tokens.weight"
+    if embedding in tensors and tensors.shape(embedding)[:1] != (config.vocabulary_size,):
+        rows = f"the shape {list(tensors.shape(embedding))}, config.json needs {config.vocabulary_size} rows"
+        raise OmniError(f"{tensors.source}: tensor {embedding!r} has {rows}")
     places = family.places(config, prefix)
     wanted = {place.theirs for place in places}
     known = [name for name in tensors if not name.startswith(family.others) and not name.endswith(_CONSTANTS)]
-    tied = {name for name in known if config.tied_embeddings and name.endswith("lm_head.weight")}
-    weights.require_names(set(known) - (tied - wanted), wanted, tensors.source)
+    tied = {name for name in known if config.tied_embeddings and name.endswith("lm_head.weight")} - wanted
+    weights.require_names(set(known) - tied, wanted, tensors.source)
+    for name in tied:  # some files hold the embedding twice; transformers takes a head of its own, whatever is said
+        if not np.array_equal(tensors[name], tensors[f"{prefix}embed_tokens.weight"]):
+            differs = f"tensor {name!r} is not the embedding, to which config.json ties it"
+            raise OmniError(f"{tensors.source}: {differs}; set tie_word_embeddings to false")
     return places
 
 
@@ -110,10 +121,12 @@ def _whole(value: np.ndarray, shape: tuple[int, ...], dtype: jnp.dtype, sharding
     def part(index: tuple[slice, ...]) -> np.ndarray:
         start, stop, _ = index[0].indices(shape[0])
         known = value[start : min(stop, len(value))][(slice(None), *index[1:])]
-        if len(known) < stop - start:
-            new = np.broadcast_to(mean[index[1:]], (stop - start - len(known), *known.shape[1:]))
-            known = np.concatenate([known, new])
-        return known.astype(dtype, copy=False)
+        if len(known) == stop - start:
+            return known.astype(dtype, copy=False)
+        rows = np.empty((stop - start, *known.shape[1:]), dtype)  # the one copy that there is
+        rows[: len(known)] = known
+        rows[len(known) :] = mean[index[1:]]
+        return rows
 
     return jax.make_array_from_callback(shape, sharding, part)
 

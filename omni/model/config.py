@@ -1,5 +1,6 @@
 """Configuration of the transformer."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_origin
 
@@ -102,6 +103,9 @@ class TransformerConfig:
             raise UsageError(f"transformer heads {self.heads} is no multiple of key_value_heads {self.key_value_heads}")
         if self.head_dim % 2:
             raise UsageError(f"transformer head_dim {self.head_dim} is odd; rotary positions rotate pairs")
+        for name in ("norm_epsilon", "rope_theta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"transformer {name} is {getattr(self, name)}; it must be above 0 and finite")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"transformer dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.experts and self.experts_per_token > self.experts:

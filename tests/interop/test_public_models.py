@@ -243,7 +243,32 @@ def change_index(change):
     return changed
 
 
+def change_header(**changes):
+    def changed(directory: Path) -> None:
+        content = (directory / MODEL).read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        header[NORM] |= changes
+        new = json.dumps(header).encode()
+        (directory / MODEL).write_bytes(len(new).to_bytes(8, "little") + new + content[8 + length :])
+
+    return changed
+
+
+def both(*damages):
+    def changed(directory: Path) -> None:
+        for damage in damages:
+            damage(directory)
+
+    return changed
+
+
 NORM = "model.layers.1.self_attn.q_norm.weight"
+ELSEWHERE = {
+    "format": 1,
+    "control": {"bos": "<eos>", "turn": "<turn>", "eos": "<eos>", "pad": "<pad>"},
+    "modalities": {"text": {"block": "text"}, "../../elsewhere": {}},
+}
 
 
 def nan(tensors):
@@ -299,6 +324,28 @@ def cut(directory):
         (change_index(lambda d, m: m.update({NORM: ".."})), "must give the name of a file beside it"),
         (change_index(lambda d, m: m.update({"more": m[NORM]})), "has no tensor 'more', which"),
         (lambda d: (d / "tokenizer.json").write_text("{}"), r"tokenizer\.json: not a tokenizer\.json"),
+        (
+            both(
+                change_tensors(lambda t: t.update({"model.layers.199999.input_layernorm.weight": t[NORM]})),
+                change_config(num_hidden_layers=200_000),
+            ),
+            "tensors of layers; config.json has 200000 layers",
+        ),
+        (change_config(vocab_size=16_000_000), r"has the shape \[96, 16\], config.json needs 16000000 rows"),
+        (change_config(max_position_embeddings=2**40), "max_position_embeddings is 1099511627776"),
+        (change_config(max_position_embeddings=0), "max_position_embeddings is 0"),
+        (change_config(rms_norm_eps=float("nan")), "norm_epsilon is nan"),
+        (change_config(rope_parameters={"rope_type": "default", "rope_theta": 0}), "rope_theta is 0"),
+        (change_config(rope_parameters={"rope_type": "default", "rope_theta": 10**400}), "larger than any number"),
+        (change_header(shape=None), "not a whole safetensors file"),
+        (change_header(shape=[32.0]), "not a whole safetensors file"),
+        (change_header(dtype=["F32"]), "not a whole safetensors file"),
+        (change_header(data_offsets=[0.0, 64.0]), "not a whole safetensors file"),
+        (change_config(tie_word_embeddings=True), "to which config.json ties it"),
+        (
+            lambda d: (d / "grammar.json").write_text(json.dumps(ELSEWHERE)),
+            "modality '../../elsewhere': a name is letters",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line(directories, tmp_path, damage, message):
@@ -308,6 +355,37 @@ def test_what_does_not_fit_is_one_line(directories, tmp_path, damage, message):
     with pytest.raises(omni.OmniError, match=message) as caught:
         omni.load(directory)
     assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
+
+
+def test_a_head_that_is_the_embedding_may_be_there_twice(models, tmp_path):
+    """Where config.json ties the two and both are in the file, alike, one of them is enough."""
+    stored = golden("llama tied")
+    twice = stored.tensors | {"lm_head.weight": stored.tensors["model.embed_tokens.weight"]}
+    dataclasses.replace(stored, tensors=twice).write(tmp_path)
+    np.testing.assert_array_equal(omni.load(tmp_path).logits(stored.ids), models["llama tied"].logits(stored.ids))
+
+
+def test_of_several_ends_the_first_counts(tmp_path, caplog):
+    """The others are no text, the log says so, and an export has them all."""
+    stored = golden(TINY)
+    values = stored.config | {"eos_token_id": [1, 5, 7]}
+    dataclasses.replace(stored, config=values).write(tmp_path / "model")
+    model = omni.load(tmp_path / "model")
+    assert "of several eos_token_id the first, 1, ends replies" in caplog.text
+    assert model.grammar.control["eos"] == 1 and not {1, 5, 7} & set(model.vocabulary.block("text").tolist())
+    model.export(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == [1, 5, 7]
+
+
+def test_an_export_into_an_older_one_is_the_new_one(models, tmp_path):
+    """An index that lies there from before does not bring back the files that it names."""
+    stored = golden(TINY)
+    shapes = {name: value.shape for name, value in stored.tensors.items()}
+    write_directory(
+        tmp_path, shapes, ((name, value + 1) for name, value in stored.tensors.items()), "float32", shard_bytes=6000
+    )
+    models[TINY].export(tmp_path)
+    np.testing.assert_array_equal(omni.load(tmp_path).logits(stored.ids), models[TINY].logits(stored.ids))
 
 
 def test_a_run_is_no_public_checkpoint(tiny_bundle, tiny_tokenizers, tmp_path):

@@ -9,7 +9,13 @@ from public_models import golden
 from text_json import SAMPLE, trained
 
 import omni
+import tokenizers
+from omni.grammar import Grammar
+from omni.processor import Processor
+from omni.reply import events
+from omni.vocabulary import Vocabulary
 from omni_tokenizers.tensor_files import open_directory
+from omni_tokenizers.text_json import JsonTextTokenizer
 
 PIECES = 400
 
@@ -76,3 +82,22 @@ def test_the_tokenizer_goes_along(model, directory, tmp_path, way):
         assert (tmp_path / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
         assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 512
         assert open_directory(tmp_path).shape("model.embed_tokens.weight") == (512, 16)
+
+
+@pytest.mark.parametrize("hop", [1, 2, 3, 4, 5])
+def test_streamed_bytes_are_the_whole_text(hop):
+    """A tokenizer of bytes takes back several characters while one is not whole: nothing is shown twice, or lost."""
+    bytes_ = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    original = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=bytes_, merges=[], byte_fallback=True))
+    original.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    text = JsonTextTokenizer(original.to_str().encode())
+    vocabulary = Vocabulary.build({"text": 256}, ("<bos>", "<turn>", "<eos>", "<pad>"))
+    control = {role: f"<{role}>" for role in ("bos", "turn", "eos", "pad")}
+    declaration = {"format": 1, "control": control, "modalities": {"text": {"block": "text"}}}
+    processor = Processor(vocabulary, Grammar(declaration, vocabulary), {"text": text})
+    for said in ("你好,世界。 こんにちは 🙂👩‍👩‍👧‍👦 naïve", "plain, plain text"):
+        ids = np.append(vocabulary.to_ids("text", text.encode(said)), vocabulary.token("<eos>"))
+        pieces = [ids[start : start + hop] for start in range(0, len(ids), hop)]
+        shown = [event.text for event in events(processor, iter(pieces)) if event.kind == "text"]
+        assert "".join(shown) == said
+        assert len(shown) > 1

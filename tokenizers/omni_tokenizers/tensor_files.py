@@ -87,6 +87,10 @@ def open_file(path: epath.PathLike) -> TensorFiles:
 
 def _entry(path: epath.Path, start: int, size: int, name: str, header: Mapping[str, Any]) -> _Entry:
     begin, end = header["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *header["shape"])):
+        raise ValueError(f"tensor {name!r} has a shape or a place that is not made of whole numbers")
+    if not isinstance(header["dtype"], str):
+        raise ValueError(f"tensor {name!r} has the type {header['dtype']!r}")
     if not 0 <= begin <= end <= size:
         raise ValueError(f"tensor {name!r} lies at bytes {begin} to {end} of {size}")
     return _Entry(path, start + begin, end - begin, header)
@@ -116,6 +120,7 @@ def open_directory(directory: epath.PathLike, wanted: Callable[[str], bool] = la
         if file in opened and name not in opened[file]:
             raise OmniError(f"{directory / file}: has no tensor {name!r}, which {INDEX} says it has")
     entries = {name: entry for file in opened.values() for name, entry in file._entries.items()}
+    entries |= {name: opened[file]._entries[name] for name, file in places.items() if file in opened}
     return _only(TensorFiles(entries, str(directory)), wanted, str(directory))
 
 
@@ -146,6 +151,7 @@ def write_directory(
     directory, tensors = epath.Path(directory), iter(tensors)
     directory.mkdir(parents=True, exist_ok=True)
     groups = _groups(shapes, 4 if dtype == "float32" else 2, shard_bytes)
+    (directory / INDEX).unlink(missing_ok=True)  # of what was there before
     names = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
     for name, group in zip([MODEL] if len(groups) == 1 else names, groups, strict=True):
         held = dict(itertools.islice(tensors, len(group)))

@@ -115,8 +115,8 @@ class JsonTextTokenizer(Tokenizer):
     def from_directory(cls, directory: epath.Path, description: dict) -> Self:
         try:
             runs = description["config"]["text_ids"]
-            if sum(stop - start for start, stop in runs) > _MOST_PIECES:
-                raise ValueError("too many ids")
+            if not all(0 <= start < stop <= _MOST_PIECES for start, stop in runs) or len(runs) > _MOST_PIECES:
+                raise ValueError("ids that no file has")
             ids = np.concatenate([np.arange(start, stop) for start, stop in runs])
         except (KeyError, TypeError, ValueError) as error:
             raise OmniError(f"{directory}: its tokenizer.json does not say which ids are text ({error})") from None

@@ -38,7 +38,21 @@ class Settings:
         accepted = (int, float) if kind is float else (kind,)
         if isinstance(default, tuple) != isinstance(value, list | tuple) or any(type(x) not in accepted for x in items):
             raise OmniError(f"{self.source}: {key} = {value!r} is not of the type of {default!r}")
-        return tuple(map(kind, items)) if isinstance(default, tuple) else kind(value)
+        try:
+            return tuple(map(kind, items)) if isinstance(default, tuple) else kind(value)
+        except OverflowError:
+            raise OmniError(f"{self.source}: {key} is larger than any number of its kind") from None
+
+    def section(self, key: str) -> Settings:
+        """The object under a key; empty where it is missing or null.
+
+        Raises:
+            OmniError: it is no object.
+        """
+        values = self.values.get(key)
+        if not isinstance(values, dict | None):
+            raise OmniError(f"{self.source}: {key} must be a JSON object, found {type(values).__name__}")
+        return Settings(values or {}, f"{self.source}: {key}")
 
     def require(self, key: str, value: Any, default: Any = None) -> None:
         """An OmniError if a key has a value (or, where it is missing, a default) other than the one that is known."""
