@@ -87,7 +87,8 @@ def open_file(path: epath.PathLike) -> TensorFiles:
 
 def _entry(path: epath.Path, start: int, size: int, name: str, header: Mapping[str, Any]) -> _Entry:
     begin, end = header["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (begin, end, *header["shape"])):
+    shape = header["shape"]
+    if not all(type(number) is int for number in (begin, end, *shape)) or min(shape, default=0) < 0:
         raise ValueError(f"tensor {name!r} has a shape or a place that is not made of whole numbers")
     if not isinstance(header["dtype"], str):
         raise ValueError(f"tensor {name!r} has the type {header['dtype']!r}")
