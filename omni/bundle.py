@@ -50,7 +50,7 @@ class Request:
       seed: same seed, same reply, whatever else is in the batch.
       max_tokens: most tokens of the reply; by default the longest picture, sound or video and 32 tokens of text for
         each that is wanted, or the rest of the context.
-      temperature, top_k, top_p, guidance: one number, or modality -> number.
+      temperature, top_k, top_p, min_p, repetition_penalty, guidance: one number, or modality -> number.
       constrained: whether only well-formed replies can come.
     """
 
@@ -61,11 +61,13 @@ class Request:
     temperature: Setting | None = None
     top_k: Setting | None = None
     top_p: Setting | None = None
+    min_p: Setting | None = None
+    repetition_penalty: Setting | None = None
     guidance: Setting | None = None
     constrained: bool = True
 
 
-_NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 1.0}
+_NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "guidance": 1.0}
 
 
 class Model:
@@ -212,6 +214,8 @@ class Model:
             temperature=settings["temperature"],
             top_k=settings["top_k"].astype(np.int32),
             top_p=settings["top_p"],
+            min_p=settings["min_p"],
+            repetition_penalty=settings["repetition_penalty"],
             want=want,
             seed=request.seed,
             constrained=request.constrained,

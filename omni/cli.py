@@ -90,7 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", type=Path, help="directory for the reply's parts")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--max-tokens", type=int, help="most tokens of the reply")
-    for name in ("temperature", "top-k", "top-p", "guidance"):
+    for name in ("temperature", "top-k", "top-p", "min-p", "repetition-penalty", "guidance"):
         generate.add_argument(f"--{name}", help="a number, or modality=number pairs: image=0.5,audio=0.7")
     generate.add_argument(
         "--tensor",

@@ -103,7 +103,7 @@ def run_generate(options: argparse.Namespace) -> None:
     model = omni.load(options.model, mesh=mesh)
     settings = {
         name: parse_setting(name, getattr(options, name))
-        for name in ("temperature", "top_k", "top_p", "guidance")
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "guidance")
         if getattr(options, name) is not None
     }
     want = [name.strip() for name in options.want.split(",")] if options.want else None

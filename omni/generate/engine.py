@@ -122,10 +122,10 @@ class Engine:
         stored = self._shape(shape, config.compute_dtype, *CACHE_AXES)
         logits = self._shape((rows, config.vocabulary_size), "float32", "batch", "vocabulary")
         every, none = np.arange(rows, dtype=np.int32), np.zeros(len(self.grammar.modalities), np.float32)
-        request = PreparedRequest(self.grammar.prompt([]), capacity, none, none, none)
+        request = PreparedRequest(self.grammar.prompt([]), capacity, none, none, none, none, none + 1)
         shadows = np.zeros((rows, 0), np.int32), np.zeros((rows, 0, len(none)), np.float32)
         settings = self._settings([request], rows, every, *shadows)
-        state = self._state([(stored, stored)] * config.depth, logits, every, every, capacity)
+        state = self._state([(stored, stored)] * config.depth, logits, every, every, capacity, [request])
         arguments = self.rules, settings, state, np.int32(capacity), np.bool_(False)
         shapes = jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else _shape_of(x), arguments)
         with self._on_mesh():
@@ -183,7 +183,7 @@ class Engine:
         padding = self._padded(len(prompts) - size) - (len(prompts) - size)
         prompts += [requests[0].ids] * padding
         leader += [0] * padding
-        state = self._read_prompts(prompts, size, max(request.max_tokens for request in requests))
+        state = self._read_prompts(prompts, size, requests)
         state = replace(state, done=np.arange(size) >= len(requests))
         return self._settings(requests, size, np.array(leader, np.int32), shadow_rows, weight), state
 
@@ -225,9 +225,11 @@ class Engine:
             temperature=column("temperature", np.float32),
             top_k=column("top_k", np.int32),
             top_p=column("top_p", np.float32),
+            min_p=column("min_p", np.float32),
+            repetition_penalty=column("repetition_penalty", np.float32),
         )
 
-    def _read_prompts(self, prompts: Sequence[np.ndarray], requests: int, max_tokens: int) -> State:
+    def _read_prompts(self, prompts: Sequence[np.ndarray], size: int, requests: Sequence[PreparedRequest]) -> State:
         rows, longest = len(prompts), bucket(max(map(len, prompts)))
         ids = np.full((rows, longest), self.rules.pad, np.int32)
         positions = np.zeros((rows, longest, 3), np.int32)
@@ -238,14 +240,20 @@ class Engine:
             ids[row, : len(prompt)] = prompt
             positions[row, : len(prompt)] = self.grammar.positions(states, np.arange(len(prompt)))
             last_state[row] = states[-1]
-        capacity = self._capacity(longest, max_tokens)
+        capacity = self._capacity(longest, max(request.max_tokens for request in requests))
         with self._on_mesh():
             cache, logits = self._prefill(self.decoder, ids, positions, length, capacity=capacity)
-        return self._state(cache, logits, length, last_state[:requests], capacity)
+        return self._state(cache, logits, length, last_state[:size], capacity, requests)
 
-    def _state(self, cache, logits, length, grammar: Int[np.ndarray, " requests"], capacity: int) -> State:
+    def _state(
+        self, cache, logits, length, grammar: Int[np.ndarray, " rows"], capacity: int, asked: Sequence[PreparedRequest]
+    ) -> State:
         """Nothing has been emitted yet."""
         requests = len(grammar)
+        seen = np.zeros((requests, len(self.rules.class_of) if any(each.penalises for each in asked) else 0), bool)
+        if seen.size:
+            for row, request in zip(seen, asked, strict=False):
+                row[request.ids] = True
         return State(
             cache=cache,
             logits=logits,
@@ -258,6 +266,7 @@ class Engine:
             broken=np.zeros(requests, bool),
             part_ended=np.zeros((), bool),
             steps=np.zeros((), np.int32),
+            seen=seen,
         )
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
 
 from omni.generate.rules import Rules, admitted_classes
-from omni.generate.sampling import sample
+from omni.generate.sampling import penalise, sample
 from omni.model import Decoder, apply_decoder, init_cache
 
 Cache = list[tuple[Array, Array]]
@@ -46,6 +46,8 @@ class Settings:
     temperature: Float[Array, "requests modalities"]
     top_k: Int[Array, "requests modalities"]
     top_p: Float[Array, "requests modalities"]
+    min_p: Float[Array, "requests modalities"]
+    repetition_penalty: Float[Array, "requests modalities"]
 
 
 @jax.tree_util.register_dataclass
@@ -63,6 +65,8 @@ class State:
       broken: whether a token came that the grammar does not admit.
       part_ended: whether some request ended a part with its last token.
       steps: tokens emitted by the longest request.
+      seen: ids that stand in the prompt or the reply; without columns where no request has a repetition penalty, and
+        then the program has no trace of it.
     """
 
     cache: Cache
@@ -76,6 +80,7 @@ class State:
     broken: Bool[Array, " requests"]
     part_ended: Bool[Array, ""]
     steps: Int[Array, ""]
+    seen: Bool[Array, "requests vocabulary_or_none"]
 
 
 def prefill(
@@ -119,6 +124,8 @@ def emit(rules: Rules, settings: Settings, state: State) -> tuple[State, Int[Arr
     modality = rules.next_modality[state.grammar]
     live = ~state.done & jnp.any(admitted, axis=-1)
     logits, plausible = guided_logits(settings, state.logits, modality, admitted[:, rules.class_of])
+    if state.seen.shape[1]:
+        logits = penalise(logits, state.seen, settings.repetition_penalty[requests, modality])
     token = sample(
         logits,
         plausible,
@@ -126,6 +133,7 @@ def emit(rules: Rules, settings: Settings, state: State) -> tuple[State, Int[Arr
         settings.temperature[requests, modality],
         jnp.where(live, settings.top_k[requests, modality], 0),  # what needs no top-k or top-p does not pay for it
         jnp.where(live, settings.top_p[requests, modality], 1),
+        settings.min_p[requests, modality],
     )
     token = jnp.where(live, token, rules.pad)
 
@@ -146,6 +154,7 @@ def emit(rules: Rules, settings: Settings, state: State) -> tuple[State, Int[Arr
         broken=state.broken | (live & (next_state < 0)),
         part_ended=jnp.any(part_ended & ~state.done),
         steps=state.steps + 1,
+        seen=state.seen.at[requests, token].set(True) if state.seen.shape[1] else state.seen,
     )
     return state, token
 

@@ -15,6 +15,7 @@ from omni_tokenizers.errors import OmniError, UsageError
 
 # Far beyond what makes sense, and far from where float32 sums of logits overflow.
 HOTTEST, STRONGEST = 1_000_000, 1_000_000
+PENALTIES = (0.001, 1000)
 MOST_K = 2**30  # within int32
 
 
@@ -41,6 +42,9 @@ class PreparedRequest:
       temperature: by modality; 0 takes the likeliest token.
       top_k: by modality; only the k likeliest tokens, 0 for all.
       top_p: by modality; only the likeliest tokens that together have this probability, 1 for all.
+      min_p: by modality; only tokens at least so many times as likely as the likeliest, 0 for all.
+      repetition_penalty: by modality; divides positive and multiplies negative logits (under guidance, of what it has
+        made of them) of ids that stand in the prompt or the reply, 1 for none.
       want: modality indices of the reply's parts, in order; None leaves them to the model.
       seed: the key of token i of the reply is fold_in(key(seed), i), whatever else is in the batch.
       constrained: whether only ids that the grammar admits may come.
@@ -52,10 +56,17 @@ class PreparedRequest:
     temperature: Float[np.ndarray, " modalities"]
     top_k: Int[np.ndarray, " modalities"]
     top_p: Float[np.ndarray, " modalities"]
+    min_p: Float[np.ndarray, " modalities"]
+    repetition_penalty: Float[np.ndarray, " modalities"]
     want: tuple[int, ...] | None = None
     seed: int = 0
     constrained: bool = True
     shadows: tuple[Shadow, ...] = ()
+
+    @property
+    def penalises(self) -> bool:
+        """Whether there is a repetition penalty in any modality."""
+        return bool(np.any(self.repetition_penalty != 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +152,8 @@ def check_request(request: PreparedRequest, grammar: Grammar, context: int | Non
         ("temperature", request.temperature, 0, HOTTEST, f"0 to {HOTTEST}"),
         ("top_k", request.top_k, 0, MOST_K, f"0 (all) to {MOST_K}"),
         ("top_p", request.top_p, np.finfo(np.float32).tiny, 1, "above 0 and at most 1"),
+        ("min_p", request.min_p, 0, 1, "0 (all) to 1"),
+        ("repetition_penalty", request.repetition_penalty, *PENALTIES, f"{PENALTIES[0]} to {PENALTIES[1]} (1: none)"),
     )
     for name, values, low, high, allowed in ranges:
         for modality, value in zip(grammar.modalities, values, strict=True):

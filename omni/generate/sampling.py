@@ -1,4 +1,7 @@
-"""Choosing a token from logits: mask, temperature, top-k, top-p, draw. Every row has its own settings and key."""
+"""Choosing a token from logits: penalty, mask, temperature, top-k, top-p, min-p, draw, in the order of transformers.
+
+Every row has its own settings and key.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ def sample(
     temperature: Float[Array, " rows"],
     top_k: Int[Array, " rows"],
     top_p: Float[Array, " rows"],
+    min_p: Float[Array, " rows"],
 ) -> Int[Array, " rows"]:
     """One admitted id per row; anything where a row admits none.
 
@@ -29,7 +33,22 @@ def sample(
       temperature: 0 takes the likeliest id, the first of equals.
       top_k: only the k likeliest ids (and their equals), 0 for all.
       top_p: nucleus (Holtzman et al. 2019, arXiv:1904.09751), after top-k: the fewest ids that have this share.
+      min_p: only ids that are this share of the likeliest as likely (Nguyen et al. 2024, arXiv:2407.01082), 0 for all.
     """
+    weights = weigh(logits, admitted, temperature, top_k, top_p, min_p)
+    uniform = jnp.where(temperature > 0, jax.vmap(jax.random.uniform)(keys), 0)
+    return draw(weights, uniform)
+
+
+def weigh(
+    logits: Float[Array, "rows vocabulary"],
+    admitted: Bool[Array, "rows vocabulary"],
+    temperature: Float[Array, " rows"],
+    top_k: Int[Array, " rows"],
+    top_p: Float[Array, " rows"],
+    min_p: Float[Array, " rows"],
+) -> Weights:
+    """The distribution that `sample` draws from, times what makes the likeliest id's weight 1."""
     logits = jnp.where(admitted, logits, -jnp.inf)
     peak = jnp.max(logits, axis=-1, keepdims=True)
     # Divided by next to nothing, every difference but 0 leaves no weight.
@@ -38,8 +57,16 @@ def sample(
     weights = jnp.where(admitted, weights, 0)  # an infinite scale would make -inf / inf, which is NaN
     weights = jax.lax.cond(jnp.any(top_k > 0), keep_top_k, lambda weights, _: weights, weights, top_k)
     weights = jax.lax.cond(jnp.any(top_p < 1), keep_top_p, lambda weights, _: weights, weights, top_p)
-    uniform = jnp.where(temperature > 0, jax.vmap(jax.random.uniform)(keys), 0)
-    return draw(weights, uniform)
+    return jnp.where(weights >= min_p[:, None], weights, 0)
+
+
+def penalise(
+    logits: Float[Array, "rows vocabulary"], seen: Bool[Array, "rows vocabulary"], penalty: Float[Array, " rows"]
+) -> Float[Array, "rows vocabulary"]:
+    """Repetition penalty (Keskar et al. 2019, CTRL, arXiv:1909.05858): positive logits of ids that were seen are
+    divided by it and, since that would lift them, negative ones multiplied; 1 changes nothing."""
+    penalty = penalty[:, None]
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def keep_top_k(weights: Weights, top_k: Int[Array, " rows"]) -> Weights:

@@ -105,8 +105,9 @@ def prompt(grammar: Grammar, seed: int, *modalities: str) -> np.ndarray:
 
 def request(grammar: Grammar, ids: np.ndarray, max_tokens: int = 24, **changes) -> PreparedRequest:
     """A request; settings that are single numbers hold for all modalities."""
-    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | changes
-    for name in ("temperature", "top_k", "top_p"):
+    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    settings = sampling | changes
+    for name in sampling:
         settings[name] = np.broadcast_to(settings[name], len(grammar.modalities)).astype(np.float32)
     return PreparedRequest(ids=ids, max_tokens=max_tokens, **settings)
 
@@ -211,7 +212,14 @@ def next_modality(grammar: Grammar, reply: list[int]) -> int:
     return parts[-1] if open_span else TEXT
 
 
-def choose(logits: np.ndarray, allowed: np.ndarray, uniform: float, temperature: float, k: int, p: float) -> int:
+def penalised(logits: np.ndarray, seen: set[int], penalty: float) -> np.ndarray:
+    """Logits of what was seen: positive ones divided by the penalty, negative ones multiplied."""
+    return np.array([(x / penalty if x > 0 else x * penalty) if i in seen else x for i, x in enumerate(logits)])
+
+
+def choose(
+    logits: np.ndarray, allowed: np.ndarray, uniform: float, temperature: float, k: int, p: float, least: float
+) -> int:
     """One id: by definition, in float64, with a sort."""
     scores = np.where(allowed, logits, -np.inf)
     if temperature == 0:
@@ -223,6 +231,7 @@ def choose(logits: np.ndarray, allowed: np.ndarray, uniform: float, temperature:
         order = np.argsort(-weights, kind="stable")
         mass = np.cumsum(weights[order]) / weights.sum()
         weights[order[np.searchsorted(mass, p) + 1 :]] = 0
+    weights[weights < least * weights.max()] = 0
     return int(np.argmax(np.cumsum(weights) > uniform * weights.sum()))
 
 
@@ -254,17 +263,16 @@ def slow_generate(model: Transformer, grammar: Grammar, asked: PreparedRequest) 
         allowed = admitted(grammar, asked, reply) if asked.constrained else admitted(grammar, asked, [])
         if not allowed.any():
             break
-        rows = [
-            log_softmax(whole_logits(model, grammar, [*ids, *reply], state))
-            for ids, state in zip(prompts, states, strict=True)
-        ]
+        rows = [whole_logits(model, grammar, [*ids, *reply], state) for ids, state in zip(prompts, states, strict=True)]
         modality = int(grammar.tables.next_modality[states[0][-1]])
         if asked.constrained:
             assert modality == next_modality(grammar, reply)
         shares = [shadow.weight[modality] for shadow in asked.shadows]
         logits = sum((w * row for w, row in zip(shares, rows[1:], strict=True)), (1 - sum(shares)) * rows[0])
         if min(shares, default=0) < 0:  # nothing that the request itself finds ten times less likely than the likeliest
-            allowed = allowed & (np.exp(rows[0]) >= 0.1 * np.exp(rows[0][allowed]).max())
+            own = np.exp(log_softmax(rows[0]))
+            allowed = allowed & (own >= 0.1 * own[allowed].max())
+        logits = penalised(logits, {*asked.ids.tolist(), *reply}, asked.repetition_penalty[modality])
         key = jax.random.fold_in(jax.random.key(asked.seed), len(reply))
         token = choose(
             logits,
@@ -273,6 +281,7 @@ def slow_generate(model: Transformer, grammar: Grammar, asked: PreparedRequest) 
             asked.temperature[modality],
             int(asked.top_k[modality]),
             asked.top_p[modality],
+            asked.min_p[modality],
         )
         reply.append(token)
         for state in states:

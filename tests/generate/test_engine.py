@@ -96,6 +96,31 @@ def test_same_tokens_with_sizes_row_ends_and_delays():
         assert reply.ids.tolist() == slow_generate(model, grammar, asked)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_penalties_and_floors_of_some_requests(model, grammar, engine, temperature):
+    """min_p and repetition_penalty by modality, under guidance too, are the reference's; no other reply changes."""
+    plain = mixed_requests(grammar, temperature)
+    settings = [{"repetition_penalty": (3, 1, 0.4)}, {"min_p": (0.5, 0.8, 0)}, {"min_p": 0.3, "repetition_penalty": 2}]
+    asking = [
+        request(
+            grammar, each.ids, each.max_tokens, temperature=temperature, want=each.want, shadows=each.shadows, **changes
+        )
+        for each, changes in zip([plain[4], plain[0], plain[3]], settings, strict=True)
+    ]
+    replies = [reply.ids.tolist() for reply in engine.generate(plain + asking)]
+    assert replies[:8] == [reply.ids.tolist() for reply in engine.generate(plain)]
+    assert replies[8:] == [slow_generate(model, grammar, each) for each in asking]
+
+
+def test_what_is_not_asked_for_is_not_in_the_program(model, grammar):
+    """Ids that were seen are carried only where a request has a penalty."""
+    engine = Engine(make_decoder(model), grammar)
+    ids = prompt(grammar, 1, "text")
+    for penalty, columns in ((1, 0), ((1, 1, 1.5), grammar.vocabulary.size)):
+        state = engine._start([request(grammar, ids), request(grammar, ids, repetition_penalty=penalty)])[1]
+        assert state.seen.shape == (2, columns)
+
+
 def test_a_batch_takes_the_steps_of_its_longest_in_one_program(model, grammar):
     """Eight different requests: steps are the maximum and not the sum; one prefill and one advance are compiled."""
     engine = Engine(make_decoder(model), grammar)

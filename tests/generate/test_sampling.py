@@ -9,7 +9,7 @@ from omni.generate.sampling import _search, draw, sample
 
 
 def test_agrees_with_the_definition():
-    """Mask, temperature, top-k, top-p and draw, every row with its own settings."""
+    """Mask, temperature, top-k, top-p, min-p and draw, every row with its own settings."""
     random = np.random.default_rng(0)
     rows, size = 512, 300
     logits = random.normal(size=(rows, size)).astype(np.float32) * 3
@@ -18,10 +18,12 @@ def test_agrees_with_the_definition():
     temperature = random.choice([0, 0.3, 1, 2], size=rows).astype(np.float32)
     top_k = random.choice([0, 1, 5, 1000], size=rows)
     top_p = random.choice([0.1, 0.6, 0.95, 1], size=rows).astype(np.float32)
+    min_p = random.choice([0, 0.05, 0.5, 1], size=rows).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), rows)
     uniform = np.asarray(jax.vmap(jax.random.uniform)(keys), np.float64)
-    got = jax.jit(sample)(logits, admitted, keys, temperature, jnp.asarray(top_k), top_p)
-    expected = [choose(*row) for row in zip(logits, admitted, uniform, temperature, top_k, top_p, strict=True)]
+    got = jax.jit(sample)(logits, admitted, keys, temperature, jnp.asarray(top_k), top_p, min_p)
+    settings = temperature, top_k, top_p, min_p
+    expected = [choose(*row) for row in zip(logits, admitted, uniform, *settings, strict=True)]
     assert got.tolist() == expected
 
 
@@ -42,7 +44,7 @@ def test_greedy_takes_the_first_of_equals():
     logits = np.zeros((4, 200), np.float32)
     logits[:, [150, 160]] = 2
     keys = jax.random.split(jax.random.key(3), 4)
-    got = sample(logits, np.ones_like(logits, bool), keys, jnp.zeros(4), jnp.zeros(4, int), jnp.ones(4))
+    got = sample(logits, np.ones_like(logits, bool), keys, jnp.zeros(4), jnp.zeros(4, int), jnp.ones(4), jnp.zeros(4))
     assert got.tolist() == [150] * 4
 
 
