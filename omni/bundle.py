@@ -52,6 +52,7 @@ class Request:
         each that is wanted, or the rest of the context.
       temperature, top_k, top_p, min_p, repetition_penalty, guidance: one number, or modality -> number.
       constrained: whether only well-formed replies can come.
+      log_probabilities: whether the reply holds them (`Reply.log_probabilities`); a stream does not.
     """
 
     parts: Sequence[Part | str]
@@ -65,6 +66,7 @@ class Request:
     repetition_penalty: Setting | None = None
     guidance: Setting | None = None
     constrained: bool = True
+    log_probabilities: bool = False
 
 
 _NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "guidance": 1.0}
@@ -179,12 +181,14 @@ class Model:
 
     def generate_batch(self, requests: Sequence[Request]) -> list[Reply]:
         """Answers any mix of requests together; replies in their order. Errors as in `generate`."""
-        generated = self.engine.generate(self.prepare(requests))
-        return make_replies(self.processor, [(reply.ids, reply.well_formed) for reply in generated])
+        return make_replies(self.processor, self.engine.generate(self.prepare(requests)))
 
     def stream(self, parts: Sequence[Part | str], want: Sequence[str] | None = None, **settings) -> Iterator[Event]:
         """Answers one prompt as events in order: pieces of text, whole parts, the end. Arguments as in `generate`."""
-        prepared = self.prepare([Request(parts, want, **settings)])
+        request = Request(parts, want, **settings)
+        if request.log_probabilities:
+            raise UsageError("a stream gives no log-probabilities; call generate for them")
+        prepared = self.prepare([request])
         hops = self.engine.stream(prepared, hop=4)
         return events(self.processor, (ids for hop in hops for _, ids in hop))
 
@@ -219,6 +223,7 @@ class Model:
             want=want,
             seed=request.seed,
             constrained=request.constrained,
+            log_probabilities=request.log_probabilities,
             shadows=unconditional_shadow(grammar.prompt([]), settings["guidance"]),
         )
 

@@ -99,6 +99,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="split the model over N devices (default: one holds all)",
     )
     generate.add_argument("--json", action="store_true", help="print the reply's parts as JSON")
+    generate.add_argument(
+        "--log-probabilities",
+        action="store_true",
+        help="with --json: print the reply's ids, and of each the log-probability under what it was drawn from",
+    )
 
     evaluate = verb(
         "eval",

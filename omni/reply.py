@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from omni import media
+from omni.generate import Generated
 from omni.grammar import Grammar, GrammarError, Span
 from omni.parts import Audio, Image, Part, Text, Video
 from omni.processor import Processor
@@ -31,12 +32,15 @@ class Reply:
       ids: its tokens, the end included if it came to it.
       spans: the codes of each part.
       well_formed: whether the ids parse to the end; parts before a mistake are kept.
+      log_probabilities: of each token, where the request asked for them: under the distribution that it was drawn from,
+        after guidance, penalties, the grammar's mask, temperature, top-k, top-p and min-p; 0 at temperature 0.
     """
 
     parts: list[Part]
     ids: Int[np.ndarray, " tokens"]
     spans: list[Span]
     well_formed: bool
+    log_probabilities: Float[np.ndarray, " tokens"] | None = None
 
     @property
     def text(self) -> str:
@@ -127,21 +131,21 @@ def _listed(index: Path) -> list[str]:
         raise OmniError(f"{index}: is there, and lists no reply; choose another directory") from None
 
 
-def make_replies(processor: Processor, generated: Sequence[tuple[Int[np.ndarray, " tokens"], bool]]) -> list[Reply]:
-    """Replies from their ids and whether the engine found them well-formed."""
+def make_replies(processor: Processor, generated: Sequence[Generated]) -> list[Reply]:
+    """Replies from what the engine gave."""
     grammar = processor.grammar
     spans, formed = [], []
-    for ids, well_formed in generated:
+    for reply in generated:
         try:
-            spans.append(reply_spans(grammar, ids))
+            spans.append(reply_spans(grammar, reply.ids))
+            formed.append(reply.well_formed)
         except GrammarError as error:
             spans.append(error.spans)
-            well_formed = False
-        formed.append(well_formed)
+            formed.append(False)
     parts = processor.parts(spans)
     return [
-        Reply(list(reply), ids, list(own), ok)
-        for reply, own, (ids, _), ok in zip(parts, spans, generated, formed, strict=True)
+        Reply(list(own_parts), reply.ids, list(own), ok, reply.log_probabilities)
+        for own_parts, own, reply, ok in zip(parts, spans, generated, formed, strict=True)
     ]
 
 

@@ -98,6 +98,8 @@ def run_generate(options: argparse.Namespace) -> None:
     from omni import video_files
     from omni.sharding import MeshConfig
 
+    if options.log_probabilities and not options.json:
+        raise UsageError("--log-probabilities are printed as JSON alone; add --json")
     _status(f"loading {options.model}")
     mesh = None if options.tensor is None else MeshConfig(tensor=options.tensor)
     model = omni.load(options.model, mesh=mesh)
@@ -111,13 +113,17 @@ def run_generate(options: argparse.Namespace) -> None:
     if options.out and "video" in model.grammar.modalities:
         video_files.pyav()  # that it is missing is said before anything is generated
     _status("compiling and generating")
-    reply = model.generate(parts, want=want, seed=options.seed, max_tokens=options.max_tokens, **settings)
+    settings |= {name: getattr(options, name) for name in ("seed", "max_tokens", "log_probabilities")}
+    reply = model.generate(parts, want=want, **settings)
     if options.json:
         files = reply.save(options.out) if options.out else []
         described = [{"modality": part.modality, "text": getattr(part, "text", None)} for part in reply.parts]
         for entry, file in zip(described, files, strict=False):
             entry["file"] = str(file)
-        print(json.dumps({"parts": described, "well_formed": reply.well_formed, "seed": options.seed}))
+        found = {"parts": described, "well_formed": reply.well_formed, "seed": options.seed}
+        if options.log_probabilities:
+            found |= {"ids": reply.ids.tolist(), "log_probabilities": reply.log_probabilities.tolist()}
+        print(json.dumps(found))
         return
     for part in reply.parts:
         print(part.text if part.modality == "text" else part)

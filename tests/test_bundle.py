@@ -67,6 +67,26 @@ def test_a_prompt_that_leaves_no_room_for_what_is_wanted_is_called_too_long(tiny
         tiny_model.generate([prompt], want=["image"])
 
 
+def test_settings_reach_the_engine_by_modality(tiny_model, monkeypatch):
+    """min_p and repetition_penalty: the request's own before the model's, and what neither names stays off."""
+    monkeypatch.setitem(tiny_model.generation, "repetition_penalty", {"text": 1.2, "audio": 1.1})
+    prepared = tiny_model.prepare([Request(["seven"], min_p=0.1, repetition_penalty={"audio": 2}), Request(["seven"])])
+    np.testing.assert_allclose([each.min_p for each in prepared], [[0.1] * 3, [0] * 3])
+    np.testing.assert_allclose([each.repetition_penalty for each in prepared], [[1.2, 1, 2], [1.2, 1, 1.1]])
+
+
+def test_log_probabilities_on_request(tiny_model):
+    """One for each token of the reply, none unless asked for, and not of a stream."""
+    asked, plain = (tiny_model.generate(["seven"], ["image"], seed=1, log_probabilities=ask) for ask in (True, False))
+    np.testing.assert_array_equal(asked.ids, plain.ids)
+    assert plain.log_probabilities is None and asked.log_probabilities.shape == asked.ids.shape
+    assert (
+        asked.log_probabilities[0] == 0 and asked.log_probabilities[1:5].max() < 0
+    )  # the only one admitted, and codes
+    with pytest.raises(UsageError, match="stream gives no log-probabilities"):
+        tiny_model.stream(["seven"], log_probabilities=True)
+
+
 @pytest.mark.parametrize("ids", [[0, 99999], [0, -1]])
 def test_ids_outside_the_vocabulary_are_refused(tiny_model, ids):
     with pytest.raises(OmniError, match=r"outside 0\.\."):

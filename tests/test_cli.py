@@ -26,10 +26,12 @@ def test_generate_writes_a_mixed_reply(run, tiny_bundle, tmp_path, tone):
     omni.Image(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "in.png")
     code, out, err = run(
         "generate", tiny_bundle, "this is seven:", tmp_path / "in.wav", tmp_path / "in.png",
-        "--want", "image,audio,text", "--out", tmp_path / "out", "--json",
+        "--want", "image,audio,text", "--out", tmp_path / "out", "--json", "--log-probabilities",
+        "--min-p", "0.05", "--repetition-penalty", "text=1.2,audio=1.1",
     )  # fmt: skip
     assert code == 0, err
     reply = json.loads(out)
+    assert len(reply["ids"]) == len(reply["log_probabilities"]) > 10
     assert [part["modality"] for part in reply["parts"]] == ["image", "audio", "text"] and reply["well_formed"]
     assert sorted(os.listdir(tmp_path / "out")) == ["1.png", "2.wav", "3.txt", "reply.json"]
 
@@ -136,6 +138,8 @@ def test_a_sound_of_192_khz_and_8_channels_is_read(run, tiny_bundle, tmp_path):
         (["generate", "MODEL", "seven", "--guidance", "much"], 2, "write a number"),
         (["generate", "MODEL", "seven", "--temperature", "inf"], 2, "finite number"),
         (["generate", "MODEL", "seven", "--top-k", "nan"], 2, "finite number"),
+        (["generate", "MODEL", "seven", "--min-p", "2"], 2, "min_p of text is 2.0"),
+        (["generate", "MODEL", "seven", "--log-probabilities"], 2, "add --json"),
         (["generate", "MODEL", "seven", "--max-tokens", "0"], 2, "at least 1"),
         (["generate", "MODEL", "seven", "--tensor", "0"], 2, "at least 1"),
         (["generate", "MODEL", "seven", "--tensor", "3"], 2, "does not fit 1 devices"),

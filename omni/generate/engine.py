@@ -82,8 +82,11 @@ class Engine:
             self.counts["steps"] += int(state.steps)
             tokens, counts = np.array(state.tokens), np.array(state.count)
             whole = ~np.array(state.broken) & (self.grammar.tables.cost[np.array(state.grammar)] == 0)
+            drawn = np.array(state.log_probabilities)
             for place, i in enumerate(batch):
-                replies[i] = Generated(tokens[place, : counts[place]], bool(whole[place]))
+                kept = slice(counts[place])
+                log_probabilities = drawn[place, kept] if requests[i].log_probabilities else None
+                replies[i] = Generated(tokens[place, kept], bool(whole[place]), log_probabilities)
         return replies
 
     def stream(
@@ -267,6 +270,9 @@ class Engine:
             part_ended=np.zeros((), bool),
             steps=np.zeros((), np.int32),
             seen=seen,
+            log_probabilities=np.zeros(
+                (requests, capacity if any(each.log_probabilities for each in asked) else 0), np.float32
+            ),
         )
 
 

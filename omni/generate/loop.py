@@ -67,6 +67,7 @@ class State:
       steps: tokens emitted by the longest request.
       seen: ids that stand in the prompt or the reply; without columns where no request has a repetition penalty, and
         then the program has no trace of it.
+      log_probabilities: of the emitted ids; without columns where no request asks for them.
     """
 
     cache: Cache
@@ -81,6 +82,7 @@ class State:
     part_ended: Bool[Array, ""]
     steps: Int[Array, ""]
     seen: Bool[Array, "requests vocabulary_or_none"]
+    log_probabilities: Float[Array, "requests capacity_or_none"]
 
 
 def prefill(
@@ -126,7 +128,7 @@ def emit(rules: Rules, settings: Settings, state: State) -> tuple[State, Int[Arr
     logits, plausible = guided_logits(settings, state.logits, modality, admitted[:, rules.class_of])
     if state.seen.shape[1]:
         logits = penalise(logits, state.seen, settings.repetition_penalty[requests, modality])
-    token = sample(
+    token, log_probability = sample(
         logits,
         plausible,
         jax.vmap(token_key)(settings.seed, state.count),
@@ -144,6 +146,9 @@ def emit(rules: Rules, settings: Settings, state: State) -> tuple[State, Int[Arr
     done = ~live | (token == rules.eos) | (remaining <= 1)
     part_ended = rules.closed[grammar] | (rules.text[state.grammar] & (kind != 0)) | done
     place = jnp.where(live, state.count, state.tokens.shape[1])
+    log_probabilities = state.log_probabilities
+    if log_probabilities.shape[1]:
+        log_probabilities = log_probabilities.at[requests, place].set(log_probability, mode="drop")
     state = replace(
         state,
         tokens=state.tokens.at[requests, place].set(token, mode="drop"),
@@ -155,6 +160,7 @@ def emit(rules: Rules, settings: Settings, state: State) -> tuple[State, Int[Arr
         part_ended=jnp.any(part_ended & ~state.done),
         steps=state.steps + 1,
         seen=state.seen.at[requests, token].set(True) if state.seen.shape[1] else state.seen,
+        log_probabilities=log_probabilities,
     )
     return state, token
 

@@ -49,6 +49,7 @@ class PreparedRequest:
       seed: the key of token i of the reply is fold_in(key(seed), i), whatever else is in the batch.
       constrained: whether only ids that the grammar admits may come.
       shadows: classifier-free guidance; see `unconditional_shadow`.
+      log_probabilities: whether the reply comes with them.
     """
 
     ids: Int[np.ndarray, " tokens"]
@@ -62,6 +63,7 @@ class PreparedRequest:
     seed: int = 0
     constrained: bool = True
     shadows: tuple[Shadow, ...] = ()
+    log_probabilities: bool = False
 
     @property
     def penalises(self) -> bool:
@@ -76,10 +78,12 @@ class Generated:
     Attributes:
       ids: its tokens, eos included if it came to it.
       well_formed: whether the grammar admits every token and no span is left open.
+      log_probabilities: of each token under the distribution that it was drawn from (see `sampling.sample`), or None.
     """
 
     ids: Int[np.ndarray, " tokens"]
     well_formed: bool
+    log_probabilities: Float[np.ndarray, " tokens"] | None = None
 
 
 def per_modality(

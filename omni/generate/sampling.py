@@ -21,8 +21,8 @@ def sample(
     top_k: Int[Array, " rows"],
     top_p: Float[Array, " rows"],
     min_p: Float[Array, " rows"],
-) -> Int[Array, " rows"]:
-    """One admitted id per row; anything where a row admits none.
+) -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
+    """One admitted id per row, and its log-probability; anything where a row admits none.
 
     A draw inverts the distribution function with one uniform number per row: the Gumbel trick would need random bits
     for the whole vocabulary, several times the cost of all the rest. At temperature 0 all weight lies on the likeliest
@@ -33,11 +33,19 @@ def sample(
       temperature: 0 takes the likeliest id, the first of equals.
       top_k: only the k likeliest ids (and their equals), 0 for all.
       top_p: nucleus (Holtzman et al. 2019, arXiv:1904.09751), after top-k: the fewest ids that have this share.
-      min_p: only ids that are this share of the likeliest as likely (Nguyen et al. 2024, arXiv:2407.01082), 0 for all.
+      min_p: after top-p (Nguyen et al. 2024, arXiv:2407.01082): only ids at least this share as likely as the
+        likeliest, 0 for all.
+
+    Returns:
+      The ids, and the logarithm of the probability that each had in this very draw: after mask, temperature, top-k,
+      top-p and min-p. At temperature 0 the id was certain, and it is 0.
     """
     weights = weigh(logits, admitted, temperature, top_k, top_p, min_p)
     uniform = jnp.where(temperature > 0, jax.vmap(jax.random.uniform)(keys), 0)
-    return draw(weights, uniform)
+    ids = draw(weights, uniform)
+    drawn = jnp.take_along_axis(weights, ids[:, None], axis=-1)[:, 0]
+    log_probability = jnp.log(drawn) - jnp.log(jnp.sum(weights, axis=-1))
+    return ids, jnp.where(temperature > 0, log_probability, 0)
 
 
 def weigh(

@@ -16,6 +16,7 @@ from flax import nnx
 
 from omni.data.sources import Samples, Source
 from omni.evaluate import EvaluationData, EvaluationSettings, Examples, WordRequest
+from omni.generate import Generated
 from omni.grammar import Grammar, Span
 from omni.model import TransformerConfig
 from omni.parts import Audio, Image, Text
@@ -256,8 +257,8 @@ class FakeModel:
         ids = np.concatenate([self.grammar.span_ids(span) for span in spans])
         ids = np.append(ids, self.grammar.control["eos"]).astype(np.int32)
         if not request.constrained and rng.random() < self.breaks:
-            return ids[:-3], False
-        return ids, True
+            return Generated(ids[:-3], False)
+        return Generated(ids, True)
 
     def _codes(self, modality, label, rng):
         if self.memories and modality in self.memories:

@@ -219,11 +219,11 @@ def penalised(logits: np.ndarray, seen: set[int], penalty: float) -> np.ndarray:
 
 def choose(
     logits: np.ndarray, allowed: np.ndarray, uniform: float, temperature: float, k: int, p: float, least: float
-) -> int:
-    """One id: by definition, in float64, with a sort."""
+) -> tuple[int, float]:
+    """One id and the log-probability it had: by definition, in float64, with a sort."""
     scores = np.where(allowed, logits, -np.inf)
     if temperature == 0:
-        return int(np.argmax(scores))
+        return int(np.argmax(scores)), 0.0
     weights = np.exp((scores - scores.max()) / temperature)
     if k:
         weights[weights < np.sort(weights)[-min(k, len(weights))]] = 0
@@ -232,7 +232,8 @@ def choose(
         mass = np.cumsum(weights[order]) / weights.sum()
         weights[order[np.searchsorted(mass, p) + 1 :]] = 0
     weights[weights < least * weights.max()] = 0
-    return int(np.argmax(np.cumsum(weights) > uniform * weights.sum()))
+    token = int(np.argmax(np.cumsum(weights) > uniform * weights.sum()))
+    return token, float(np.log(weights[token] / weights.sum()))
 
 
 @nnx.jit
@@ -256,8 +257,14 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def slow_generate(model: Transformer, grammar: Grammar, asked: PreparedRequest) -> list[int]:
     """The reply to one request, ids."""
+    return [token for token, _ in slow_draws(model, grammar, asked)]
+
+
+def slow_draws(model: Transformer, grammar: Grammar, asked: PreparedRequest) -> list[tuple[int, float]]:
+    """The reply to one request: ids and the log-probability that each had when it was drawn."""
     prompts = [asked.ids, *(shadow.ids for shadow in asked.shadows)]
     reply: list[int] = []
+    drawn: list[tuple[int, float]] = []
     states = [grammar.annotate(ids).tolist() for ids in prompts]
     while len(reply) < asked.max_tokens:
         allowed = admitted(grammar, asked, reply) if asked.constrained else admitted(grammar, asked, [])
@@ -274,7 +281,7 @@ def slow_generate(model: Transformer, grammar: Grammar, asked: PreparedRequest) 
             allowed = allowed & (own >= 0.1 * own[allowed].max())
         logits = penalised(logits, {*asked.ids.tolist(), *reply}, asked.repetition_penalty[modality])
         key = jax.random.fold_in(jax.random.key(asked.seed), len(reply))
-        token = choose(
+        token, log_probability = choose(
             logits,
             allowed,
             float(jax.random.uniform(key)),
@@ -284,9 +291,10 @@ def slow_generate(model: Transformer, grammar: Grammar, asked: PreparedRequest) 
             asked.min_p[modality],
         )
         reply.append(token)
+        drawn.append((token, log_probability))
         for state in states:
             following = int(grammar.tables.next_state[state[-1], grammar.tables.class_of[token]])
             state.append(following if following >= 0 else state[-1])
         if token == grammar.vocabulary.token("<eos>"):
             break
-    return reply
+    return drawn

@@ -1,5 +1,6 @@
 """The batched, cached engine against the slow reference, and its counts of steps and compilations."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from reference import (
     make_model,
     prompt,
     request,
+    slow_draws,
     slow_generate,
 )
 
@@ -112,13 +114,34 @@ def test_penalties_and_floors_of_some_requests(model, grammar, engine, temperatu
     assert replies[8:] == [slow_generate(model, grammar, each) for each in asking]
 
 
+def test_log_probabilities_are_of_what_each_token_was_drawn_from(model, grammar, engine):
+    """Within 1e-4 of the reference, under guidance, penalties and all settings of a draw; None for who did not ask."""
+    plain = mixed_requests(grammar, 1.0)
+    quiet = [plain[0], plain[4]]
+    asking = [replace(each, log_probabilities=True) for each in plain]
+    asking[4] = replace(asking[4], repetition_penalty=np.array([3, 1, 0.4]), min_p=np.array([0.1, 0.1, 0.1]))
+    replies = engine.generate(asking + quiet)
+    for asked, reply in zip(asking, replies, strict=False):
+        expected = slow_draws(model, grammar, asked)
+        assert reply.ids.tolist() == [token for token, _ in expected]
+        assert reply.log_probabilities.dtype == np.float32
+        np.testing.assert_allclose(reply.log_probabilities, [each for _, each in expected], atol=1e-4)
+    assert [reply.log_probabilities for reply in replies[8:]] == [None, None]
+    assert [reply.ids.tolist() for reply in replies[8:]] == [
+        replies[0].ids.tolist(),
+        engine.generate(quiet)[1].ids.tolist(),
+    ]
+
+
 def test_what_is_not_asked_for_is_not_in_the_program(model, grammar):
-    """Ids that were seen are carried only where a request has a penalty."""
+    """Ids that were seen are carried only where a request has a penalty, log-probabilities where one wants them."""
     engine = Engine(make_decoder(model), grammar)
     ids = prompt(grammar, 1, "text")
     for penalty, columns in ((1, 0), ((1, 1, 1.5), grammar.vocabulary.size)):
         state = engine._start([request(grammar, ids), request(grammar, ids, repetition_penalty=penalty)])[1]
-        assert state.seen.shape == (2, columns)
+        assert state.seen.shape == (2, columns) and state.log_probabilities.shape == (2, 0)
+    state = engine._start([request(grammar, ids), request(grammar, ids, log_probabilities=True)])[1]
+    assert state.seen.shape == (2, 0) and state.log_probabilities.shape == state.tokens.shape
 
 
 def test_a_batch_takes_the_steps_of_its_longest_in_one_program(model, grammar):

@@ -21,10 +21,11 @@ def test_agrees_with_the_definition():
     min_p = random.choice([0, 0.05, 0.5, 1], size=rows).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), rows)
     uniform = np.asarray(jax.vmap(jax.random.uniform)(keys), np.float64)
-    got = jax.jit(sample)(logits, admitted, keys, temperature, jnp.asarray(top_k), top_p, min_p)
+    got, log_probabilities = jax.jit(sample)(logits, admitted, keys, temperature, jnp.asarray(top_k), top_p, min_p)
     settings = temperature, top_k, top_p, min_p
     expected = [choose(*row) for row in zip(logits, admitted, uniform, *settings, strict=True)]
-    assert got.tolist() == expected
+    assert got.tolist() == [token for token, _ in expected]
+    np.testing.assert_allclose(log_probabilities, [log_probability for _, log_probability in expected], atol=1e-4)
 
 
 def test_draws_follow_the_weights_and_never_take_what_has_none():
@@ -44,7 +45,9 @@ def test_greedy_takes_the_first_of_equals():
     logits = np.zeros((4, 200), np.float32)
     logits[:, [150, 160]] = 2
     keys = jax.random.split(jax.random.key(3), 4)
-    got = sample(logits, np.ones_like(logits, bool), keys, jnp.zeros(4), jnp.zeros(4, int), jnp.ones(4), jnp.zeros(4))
+    got, _ = sample(
+        logits, np.ones_like(logits, bool), keys, jnp.zeros(4), jnp.zeros(4, int), jnp.ones(4), jnp.zeros(4)
+    )
     assert got.tolist() == [150] * 4
 
 
