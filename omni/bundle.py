@@ -5,6 +5,7 @@ model.json  weights.safetensors  vocabulary.json  grammar.json  generation.json 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -29,8 +30,9 @@ from omni.model import Transformer, decoder_on, make_decoder
 from omni.model.files import DESCRIPTION, load_transformer, save_transformer
 from omni.parts import Part, as_part
 from omni.processor import Processor
-from omni.reply import Event, Reply, events, make_replies
+from omni.reply import Event, Reply, events, make_replies, stop_place
 from omni.sharding import MeshConfig, ShardingRules, make_mesh
+from omni.stopping import StopStrings
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.errors import OmniError, UsageError
 
@@ -53,6 +55,11 @@ class Request:
       temperature, top_k, top_p, min_p, repetition_penalty, guidance: one number, or modality -> number.
       constrained: whether only well-formed replies can come.
       log_probabilities: whether the reply holds them (`Reply.log_probabilities`); a stream does not.
+      stop: strings of which the first that appears in a text of the reply ends the reply. The text is cut before it;
+        the ids go on to the token that completed it.
+      stop_tokens: ids of which the first that comes ends the reply, and is its last; within a picture, sound or video,
+        which is finished, they end nothing.
+      samples: how many replies, with the seeds seed, seed + 1, ...; the prompt is read once.
     """
 
     parts: Sequence[Part | str]
@@ -67,6 +74,9 @@ class Request:
     guidance: Setting | None = None
     constrained: bool = True
     log_probabilities: bool = False
+    stop: Sequence[str] = ()
+    stop_tokens: Sequence[int] = ()
+    samples: int = 1
 
 
 _NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "guidance": 1.0}
@@ -170,33 +180,51 @@ class Model:
         decoder = make_decoder(model) if mesh is None else decoder_on(mesh, ShardingRules(), model)
         return Engine(decoder, self.grammar, context=self.context_length, mesh=mesh)
 
-    def generate(self, parts: Sequence[Part | str], want: Sequence[str] | None = None, **settings) -> Reply:
+    def generate(
+        self, parts: Sequence[Part | str], want: Sequence[str] | None = None, **settings
+    ) -> Reply | list[Reply]:
         """Answers one prompt; `settings` are the other fields of `Request`.
+
+        Returns:
+          The reply; where `samples` is given, a list of so many.
 
         Raises:
           UsageError: for a wrong argument.
           OmniError: for a prompt that the model cannot read.
         """
-        return self.generate_batch([Request(parts, want, **settings)])[0]
+        replies = self.generate_batch([Request(parts, want, **settings)])
+        return replies if "samples" in settings else replies[0]
 
     def generate_batch(self, requests: Sequence[Request]) -> list[Reply]:
-        """Answers any mix of requests together; replies in their order. Errors as in `generate`."""
-        return make_replies(self.processor, self.engine.generate(self.prepare(requests)))
+        """Answers any mix of requests together; replies in their order, each one's samples one after the other.
+
+        Errors as in `generate`.
+        """
+        generated = self.engine.generate(self.prepare(requests))
+        stops = [StopStrings(request.stop) for request in requests for _ in range(request.samples)]
+        return make_replies(self.processor, generated, stops)
 
     def stream(self, parts: Sequence[Part | str], want: Sequence[str] | None = None, **settings) -> Iterator[Event]:
         """Answers one prompt as events in order: pieces of text, whole parts, the end. Arguments as in `generate`."""
         request = Request(parts, want, **settings)
-        if request.log_probabilities:
-            raise UsageError("a stream gives no log-probabilities; call generate for them")
+        if request.log_probabilities or request.samples != 1:
+            raise UsageError("a stream gives one reply, without log-probabilities; call generate for more")
         prepared = self.prepare([request])
         hops = self.engine.stream(prepared, hop=4)
-        return events(self.processor, (ids for hop in hops for _, ids in hop))
+        return events(self.processor, (ids for hop in hops for _, ids in hop), StopStrings(request.stop))
 
     def prepare(self, requests: Sequence[Request]) -> list[PreparedRequest]:
-        """Requests as the engine takes them."""
+        """Requests as the engine takes them, each as many times as it asks for samples."""
         documents = [[self._part(part) for part in _listed(request.parts)] for request in requests]
         spans = self.processor.spans(documents)
-        return [self._prepare(request, self.grammar.prompt(own)) for request, own in zip(requests, spans, strict=True)]
+        prepared = [
+            self._prepare(request, self.grammar.prompt(own)) for request, own in zip(requests, spans, strict=True)
+        ]
+        return [
+            dataclasses.replace(each, seed=each.seed + sample)
+            for request, each in zip(requests, prepared, strict=True)
+            for sample in range(request.samples)
+        ]
 
     def _part(self, value) -> Part:
         """What stands for a part as one; of a video file only the frames that the model sees are read."""
@@ -204,6 +232,11 @@ class Model:
 
     def _prepare(self, request: Request, ids: Int[np.ndarray, " tokens"]) -> PreparedRequest:
         grammar = self.grammar
+        if not _is_integer(request.samples) or request.samples < 1:
+            raise UsageError(f"samples is {request.samples!r}; it must be a whole number, at least 1")
+        if isinstance(request.stop_tokens, str) or not all(map(_is_integer, request.stop_tokens)):
+            raise UsageError(f"stop_tokens is a list of ids, not {request.stop_tokens!r}")
+        stop = StopStrings(request.stop)
         settings = {}
         for name, neutral in _NEUTRAL.items():
             own = self.generation.get(name, {})
@@ -224,6 +257,8 @@ class Model:
             seed=request.seed,
             constrained=request.constrained,
             log_probabilities=request.log_probabilities,
+            stop_tokens=tuple(request.stop_tokens),
+            stop=functools.partial(stop_place, self.processor, stop) if stop.strings else None,
             shadows=unconditional_shadow(grammar.prompt([]), settings["guidance"]),
         )
 
@@ -312,6 +347,10 @@ def load(
     if not is_public(directory):
         raise OmniError(f"{directory}: not a run or a model: it holds no {DESCRIPTION}, nor a public checkpoint")
     return Model(**vars(load_checkpoint(directory, devices, dtype, torch_reader)), mesh=devices)
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _listed(parts) -> Sequence:

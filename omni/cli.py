@@ -87,8 +87,11 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--want", help="modalities of the reply in order, comma-separated; default: the model decides"
     )
-    generate.add_argument("--out", type=Path, help="directory for the reply's parts")
+    generate.add_argument("--out", type=Path, help="directory for the reply's parts; of several, 1/, 2/, ... in it")
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--samples", type=int, default=1, metavar="N", help="replies, with seeds from --seed on")
+    generate.add_argument("--stop", action="append", metavar="TEXT", help="end at this text (may be given repeatedly)")
+    generate.add_argument("--stop-tokens", metavar="ID,ID", help="end at any of these ids")
     generate.add_argument("--max-tokens", type=int, help="most tokens of the reply")
     for name in ("temperature", "top-k", "top-p", "min-p", "repetition-penalty", "guidance"):
         generate.add_argument(f"--{name}", help="a number, or modality=number pairs: image=0.5,audio=0.7")
@@ -98,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="split the model over N devices (default: one holds all)",
     )
-    generate.add_argument("--json", action="store_true", help="print the reply's parts as JSON")
+    generate.add_argument("--json", action="store_true", help="print the parts as JSON, one reply a line")
     generate.add_argument(
         "--log-probabilities",
         action="store_true",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import re
@@ -18,6 +19,7 @@ from omni.generate import Generated
 from omni.grammar import Grammar, GrammarError, Span
 from omni.parts import Audio, Image, Part, Text, Video
 from omni.processor import Processor
+from omni.stopping import StopStrings
 from omni_tokenizers.errors import OmniError
 
 INDEX = "reply.json"
@@ -131,8 +133,10 @@ def _listed(index: Path) -> list[str]:
         raise OmniError(f"{index}: is there, and lists no reply; choose another directory") from None
 
 
-def make_replies(processor: Processor, generated: Sequence[Generated]) -> list[Reply]:
-    """Replies from what the engine gave."""
+def make_replies(
+    processor: Processor, generated: Sequence[Generated], stops: Sequence[StopStrings] | None = None
+) -> list[Reply]:
+    """Replies from what the engine gave; text is cut before the strings that end it, in `stops` one for each reply."""
     grammar = processor.grammar
     spans, formed = [], []
     for reply in generated:
@@ -143,10 +147,28 @@ def make_replies(processor: Processor, generated: Sequence[Generated]) -> list[R
             spans.append(error.spans)
             formed.append(False)
     parts = processor.parts(spans)
+    if stops is not None:
+        parts = [[_cut(part, stop) for part in reply] for reply, stop in zip(parts, stops, strict=True)]
     return [
         Reply(list(own_parts), reply.ids, list(own), ok, reply.log_probabilities)
         for own_parts, own, reply, ok in zip(parts, spans, generated, formed, strict=True)
     ]
+
+
+def _cut(part: Part, stop: StopStrings) -> Part:
+    return dataclasses.replace(part, text=stop.cut(part.text)) if isinstance(part, Text) else part
+
+
+def stop_place(processor: Processor, stop: StopStrings, ids: Int[np.ndarray, " tokens"]) -> int | None:
+    """How many of a reply's ids there are until one of its texts holds a stop string; None if none does."""
+    grammar, tokenizer = processor.grammar, processor.tokenizer("text")
+    place = 0
+    for span in _spans_so_far(grammar, ids)[0]:
+        length = len(grammar.span_ids(span))
+        if span.modality == "text" and stop.found(tokenizer.decode(span.codes)):
+            return place + next(n for n in range(1, length + 1) if stop.found(tokenizer.decode(span.codes[:n])))
+        place += length
+    return None
 
 
 def reply_spans(grammar: Grammar, ids: Int[np.ndarray, " tokens"]) -> list[Span]:
@@ -154,20 +176,25 @@ def reply_spans(grammar: Grammar, ids: Int[np.ndarray, " tokens"]) -> list[Span]
     return grammar.parse(np.concatenate([[grammar.control["bos"], grammar.control["turn"]], ids]).astype(np.int32))
 
 
-def events(processor: Processor, increments: Iterator[Int[np.ndarray, " tokens"]]) -> Iterator[Event]:
-    """Events of one reply from the ids as they come: text in pieces, other parts whole, in order."""
-    grammar = processor.grammar
+def events(
+    processor: Processor, increments: Iterator[Int[np.ndarray, " tokens"]], stop: StopStrings | None = None
+) -> Iterator[Event]:
+    """Events of one reply from the ids as they come: text in pieces, other parts whole, in order.
+
+    Text comes up to the string that ends it; what may become one is held back until it is known.
+    """
+    grammar, stop = processor.grammar, stop or StopStrings()
     ids = np.zeros(0, np.int32)
     announced, shown = 0, ""
     for new in increments:
         ids = np.concatenate([ids, new])
         spans, open_text = _spans_so_far(grammar, ids)
         for index in range(announced, len(spans)):
-            part = processor.parts([[spans[index]]])[0][0]
+            part = _cut(processor.parts([[spans[index]]])[0][0], stop)
             still_open = open_text and index == len(spans) - 1
             if isinstance(part, Text):
                 # Bytes of a character may still be missing at the end of what has come.
-                whole = part.text.rstrip("\ufffd") if still_open else part.text
+                whole = stop.settled(part.text.rstrip("\ufffd")) if still_open else part.text
                 if still_open and not whole.startswith(shown):  # a tokenizer may take back more than the last character
                     continue
                 if whole[len(shown) :]:
@@ -177,7 +204,7 @@ def events(processor: Processor, increments: Iterator[Int[np.ndarray, " tokens"]
                 yield Event("part", index, part=part)
         announced = len(spans) - open_text
     if announced < len(spans):  # the reply ended in text
-        part = processor.parts([[spans[-1]]])[0][0]
+        part = _cut(processor.parts([[spans[-1]]])[0][0], stop)
         if part.text[len(shown) :]:
             yield Event("text", announced, text=part.text[len(shown) :])
         yield Event("part", announced, part=part)

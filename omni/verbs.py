@@ -17,6 +17,7 @@ from omni_tokenizers.errors import UsageError
 
 if TYPE_CHECKING:
     from omni.parts import Part
+    from omni.reply import Reply
 
 
 def run_quickstart(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -113,23 +114,29 @@ def run_generate(options: argparse.Namespace) -> None:
     if options.out and "video" in model.grammar.modalities:
         video_files.pyav()  # that it is missing is said before anything is generated
     _status("compiling and generating")
-    settings |= {name: getattr(options, name) for name in ("seed", "max_tokens", "log_probabilities")}
-    reply = model.generate(parts, want=want, **settings)
+    settings |= {name: getattr(options, name) for name in ("seed", "samples", "max_tokens", "log_probabilities")}
+    settings |= {"stop": options.stop or (), "stop_tokens": parse_ids("stop_tokens", options.stop_tokens)}
+    for sample, reply in enumerate(model.generate(parts, want=want, **settings)):
+        out = options.out / str(sample + 1) if options.out and options.samples > 1 else options.out
+        _print_reply(reply, out, options.seed + sample, options)
+
+
+def _print_reply(reply: Reply, out: Path | None, seed: int, options: argparse.Namespace) -> None:
     if options.json:
-        files = reply.save(options.out) if options.out else []
+        files = reply.save(out) if out else []
         described = [{"modality": part.modality, "text": getattr(part, "text", None)} for part in reply.parts]
         for entry, file in zip(described, files, strict=False):
             entry["file"] = str(file)
-        found = {"parts": described, "well_formed": reply.well_formed, "seed": options.seed}
+        found = {"parts": described, "well_formed": reply.well_formed, "seed": seed}
         if options.log_probabilities:
             found |= {"ids": reply.ids.tolist(), "log_probabilities": reply.log_probabilities.tolist()}
         print(json.dumps(found))
         return
     for part in reply.parts:
         print(part.text if part.modality == "text" else part)
-    for file in reply.save(options.out) if options.out else []:
+    for file in reply.save(out) if out else []:
         print(f"wrote {file}")
-    if not options.out and any(part.modality != "text" for part in reply.parts):
+    if not out and any(part.modality != "text" for part in reply.parts):
         print("pictures, sounds and videos were not written: add --out DIRECTORY", file=sys.stderr)
 
 
@@ -164,6 +171,14 @@ def parse_setting(name: str, value: str) -> float | dict[str, float]:
         return {modality.strip(): float(number) for modality, number in pairs}
     except ValueError:
         raise UsageError(f"--{name.replace('_', '-')} {value}: write a number, or modality=number pairs") from None
+
+
+def parse_ids(name: str, value: str | None) -> list[int]:
+    """'3,17' as a list, nothing as none; `UsageError` for anything else."""
+    try:
+        return [int(number) for number in value.split(",")] if value is not None else []
+    except ValueError:
+        raise UsageError(f"--{name.replace('_', '-')} {value}: write ids, comma-separated") from None
 
 
 def run_eval(options: argparse.Namespace) -> None:

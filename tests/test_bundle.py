@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ from flax import nnx
 
 import omni
 from omni.bundle import Request
+from omni.stopping import StopStrings
 from omni_tokenizers.errors import OmniError, UsageError
 
 
@@ -83,8 +85,56 @@ def test_log_probabilities_on_request(tiny_model):
     assert (
         asked.log_probabilities[0] == 0 and asked.log_probabilities[1:5].max() < 0
     )  # the only one admitted, and codes
-    with pytest.raises(UsageError, match="stream gives no log-probabilities"):
+    with pytest.raises(UsageError, match="without log-probabilities"):
         tiny_model.stream(["seven"], log_probabilities=True)
+
+
+def test_a_stop_string_ends_the_text_before_it(tiny_model):
+    """In a reply and in a stream, though it comes in several tokens; the ids end with the token that completes it."""
+    settings = {"want": ["text", "image"], "max_tokens": 60, "temperature": 1.0}
+    wholes = [tiny_model.generate(["say"], seed=seed, **settings) for seed in range(4)]
+    seed, found = next((i, hit) for i, each in enumerate(wholes) if (hit := re.search(r"(?<=...)[!-~]{2}", each.text)))
+    whole, text = wholes[seed], wholes[seed].text[: wholes[seed].text.index(found[0])]
+    stops = ["not in it", found[0]]
+    reply = tiny_model.generate(["say"], seed=seed, stop=stops, **settings)
+    assert [part.modality for part in reply.parts] == ["text"] and reply.text == text and reply.well_formed
+    np.testing.assert_array_equal(reply.ids, whole.ids[: len(reply.ids)])
+    decoded = [tiny_model.tokenizers["text"].decode(whole.spans[0].codes[: len(reply.ids) - n]) for n in (0, 1)]
+    assert found[0] in decoded[0] and found[0] not in decoded[1]
+    events = list(tiny_model.stream(["say"], seed=seed, stop=stops, **settings))
+    assert "".join(event.text for event in events) == text
+    assert [event.part for event in events if event.kind == "part"] == reply.parts
+
+
+def test_text_that_may_become_a_stop_string_is_held_back():
+    stop = StopStrings(["\n\nUser:", "##"])
+    assert stop.settled("so\n\nUs") == stop.settled("so\n") == stop.settled("so#") == "so"
+    assert stop.settled("so\nUs") == "so\nUs" and stop.cut("a ## b\n\nUser:") == "a " and stop.cut("ab") == "ab"
+    assert StopStrings().settled("ab") == StopStrings().cut("ab") == "ab"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stop": "end"}, "stop is a list of strings"),
+        ({"stop": [""]}, "not empty"),
+        ({"stop_tokens": [1.5]}, "stop_tokens is a list of ids"),
+        ({"samples": 0}, "samples is 0"),
+    ],
+)
+def test_wrong_stops_and_samples_are_refused(tiny_model, settings, message):
+    with pytest.raises(UsageError, match=message):
+        tiny_model.generate(["seven"], **settings)
+
+
+def test_samples_are_the_replies_to_seeds_in_turn(tiny_model):
+    """Beside another request, and a list even of one where samples were asked for."""
+    requests = [Request(["seven"], ["image"], seed=5, samples=3), Request(["say"], ["audio"], seed=1)]
+    replies = tiny_model.generate_batch(requests)
+    assert len(replies) == 4
+    for seed, reply in zip((5, 6, 7), replies, strict=False):
+        np.testing.assert_array_equal(reply.ids, tiny_model.generate(["seven"], ["image"], seed=seed).ids)
+    assert len(tiny_model.generate(["seven"], ["image"], seed=7, samples=1)) == 1
 
 
 @pytest.mark.parametrize("ids", [[0, 99999], [0, -1]])

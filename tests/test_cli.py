@@ -36,6 +36,17 @@ def test_generate_writes_a_mixed_reply(run, tiny_bundle, tmp_path, tone):
     assert sorted(os.listdir(tmp_path / "out")) == ["1.png", "2.wav", "3.txt", "reply.json"]
 
 
+def test_generate_gives_several_samples_that_end_at_stops(run, tiny_bundle, tmp_path):
+    """One line of JSON and one directory for each sample."""
+    code, out, err = run(
+        "generate", tiny_bundle, "seven", "--want", "image", "--seed", "3", "--samples", "2", "--max-tokens", "7",
+        "--stop", "zqx", "--stop", "\n\n", "--stop-tokens", "1,2", "--out", tmp_path, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert [json.loads(line)["seed"] for line in out.splitlines()] == [3, 4]
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"} and (tmp_path / "2" / "1.png").exists()
+
+
 def test_inspect_and_doctor_speak_to_people_and_programs(run, tiny_bundle):
     code, out, _ = run("inspect", tiny_bundle, "--json")
     described = json.loads(out)
@@ -140,6 +151,8 @@ def test_a_sound_of_192_khz_and_8_channels_is_read(run, tiny_bundle, tmp_path):
         (["generate", "MODEL", "seven", "--top-k", "nan"], 2, "finite number"),
         (["generate", "MODEL", "seven", "--min-p", "2"], 2, "min_p of text is 2.0"),
         (["generate", "MODEL", "seven", "--log-probabilities"], 2, "add --json"),
+        (["generate", "MODEL", "seven", "--stop-tokens", "<eos>"], 2, "write ids"),
+        (["generate", "MODEL", "seven", "--samples", "0"], 2, "at least 1"),
         (["generate", "MODEL", "seven", "--max-tokens", "0"], 2, "at least 1"),
         (["generate", "MODEL", "seven", "--tensor", "0"], 2, "at least 1"),
         (["generate", "MODEL", "seven", "--tensor", "3"], 2, "does not fit 1 devices"),

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from omni.generate.loop import Settings, State, advance, prefill
+from omni.generate.loop import Settings, State, advance, copy_rows, prefill
 from omni.generate.requests import Generated, PreparedRequest, check_request, useful_shadows
 from omni.generate.rules import make_rules
 from omni.grammar import Grammar
@@ -21,15 +21,19 @@ from omni.model import CACHE_AXES, Decoder
 from omni.sharding import ShardingRules, activations_on, named_sharding, spread
 from omni_tokenizers.errors import UsageError
 
+HOP = 16  # tokens after which the host looks whether text that has come ends a reply
+
 
 class Engine:
     """Answers prepared requests, any mix of them in one batch.
+
+    A prompt that several sequences of a batch have is read once, where that makes the batch of prompts smaller.
 
     Prompts, replies and batches are padded to few sizes (`bucket`, powers of two), so that few programs are compiled.
 
     Attributes:
       version: number of the way replies are drawn; the same request and seed get other replies from another version.
-      counts: how often `prefill` and `advance` were compiled, and the `steps` taken by all batches.
+      counts: how often `prefill`, `copy_rows` and `advance` were compiled, and the `steps` taken by all batches.
     """
 
     version = 2
@@ -57,6 +61,7 @@ class Engine:
         self._row_shards = 1 if mesh is None else spread(mesh, self._places.batch)
         self.counts: Counter[str] = Counter()
         self._prefill = jax.jit(self._counted(prefill), static_argnames="capacity")
+        self._copy_rows = jax.jit(self._counted(copy_rows))
         self._advance = jax.jit(self._counted(advance), donate_argnames="state")
 
     def _counted(self, function):
@@ -77,11 +82,12 @@ class Engine:
         """
         replies: list[Generated | None] = [None] * len(requests)
         for batch in self._batches(requests):
-            settings, state = self._start([requests[i] for i in batch])
-            state = self._run(settings, state, n=state.tokens.shape[1], pause=False)
-            self.counts["steps"] += int(state.steps)
-            tokens, counts = np.array(state.tokens), np.array(state.count)
+            asked = [requests[i] for i in batch]
+            hop = HOP if any(each.stop for each in asked) else max(each.max_tokens for each in asked)
+            *_, (state, counts) = self._emit(asked, hop, pause=False)
+            tokens = np.array(state.tokens)
             whole = ~np.array(state.broken) & (self.grammar.tables.cost[np.array(state.grammar)] == 0)
+            whole = whole[: len(batch)] | (counts < np.array(state.count)[: len(batch)])  # what a stop keeps, parses
             drawn = np.array(state.log_probabilities)
             for place, i in enumerate(batch):
                 kept = slice(counts[place])
@@ -101,17 +107,27 @@ class Engine:
         if len(batches) > 1:
             raise UsageError(f"{len(requests)} requests are more than one batch of {self.max_rows} sequences")
         for batch in batches:
-            yield from self._stream(batch, *self._start([requests[i] for i in batch]), hop)
+            seen = np.zeros(len(batch), np.int32)
+            for state, counts in self._emit([requests[i] for i in batch], hop, pause=True):
+                tokens = np.array(state.tokens)
+                new = [(i, tokens[place, seen[place] : counts[place]]) for place, i in enumerate(batch)]
+                seen = counts
+                yield sorted((increment for increment in new if len(increment[1])), key=lambda increment: increment[0])
 
-    def _stream(self, batch, settings: Settings, state: State, hop: int):
-        seen = np.zeros(len(batch), np.int32)
-        finished = False
-        while not finished:
-            state = self._run(settings, state, n=hop, pause=True)
-            tokens, counts, finished = np.array(state.tokens), np.array(state.count), bool(state.done.all())
-            new = [(i, tokens[place, seen[place] : counts[place]]) for place, i in enumerate(batch)]
-            seen = counts[: len(batch)]
-            yield sorted((increment for increment in new if len(increment[1])), key=lambda increment: increment[0])
+    def _emit(
+        self, requests: Sequence[PreparedRequest], hop: int, pause: bool
+    ) -> Iterator[tuple[State, Int[np.ndarray, " requests"]]]:
+        """The batch after every `hop` tokens at most, until all is done, and how many tokens each reply has of it."""
+        settings, state = self._start(requests)
+        ends: dict[int, int] = {}
+        counts = before = np.zeros(len(requests), np.int32)
+        while not state.done.all():
+            state, before = self._run(settings, state, n=hop, pause=pause), counts
+            counts = np.array(state.count)[: len(requests)]
+            ends |= _ends(requests, state, np.flatnonzero(counts > before))
+            if ends:
+                state = replace(state, done=state.done | np.isin(np.arange(len(state.done)), list(ends)))
+            yield state, np.array([ends.get(place, count) for place, count in enumerate(counts)], np.int32)
         self.counts["steps"] += int(state.steps)
 
     def lower(self, requests: int, capacity: int) -> jax.stages.Lowered:
@@ -204,9 +220,11 @@ class Engine:
         """The requests' own settings as arrays; padding repeats the first request."""
         requests = [*requests, *[requests[0]] * (size - len(requests))]
         wants = power_of_two(max(8, *(len(request.want or ()) for request in requests)))
+        stops = np.full((size, power_of_two(max(len(request.stop_tokens) for request in requests))), -1, np.int32)
         want = np.full((size, wants + 1), self.rules.end, np.int32)
         reserve = np.zeros((size, wants + 2), np.int32)
         for i, request in enumerate(requests):
+            stops[i, : len(request.stop_tokens)] = request.stop_tokens
             if request.want is not None:
                 want[i, : len(request.want)] = request.want
                 needs = [*self.grammar.tables.minimum[list(request.want)], 1]
@@ -230,9 +248,11 @@ class Engine:
             top_p=column("top_p", np.float32),
             min_p=column("min_p", np.float32),
             repetition_penalty=column("repetition_penalty", np.float32),
+            stop_tokens=stops,
         )
 
     def _read_prompts(self, prompts: Sequence[np.ndarray], size: int, requests: Sequence[PreparedRequest]) -> State:
+        prompts, source = self._distinct(prompts)
         rows, longest = len(prompts), bucket(max(map(len, prompts)))
         ids = np.full((rows, longest), self.rules.pad, np.int32)
         positions = np.zeros((rows, longest, 3), np.int32)
@@ -246,7 +266,20 @@ class Engine:
         capacity = self._capacity(longest, max(request.max_tokens for request in requests))
         with self._on_mesh():
             cache, logits = self._prefill(self.decoder, ids, positions, length, capacity=capacity)
-        return self._state(cache, logits, length, last_state[:size], capacity, requests)
+            if len(source) > rows:
+                cache, logits = self._copy_rows(cache, logits, source)
+        return self._state(cache, logits, length[source], last_state[source[:size]], capacity, requests)
+
+    def _distinct(self, prompts: Sequence[np.ndarray]) -> tuple[list[np.ndarray], Int[np.ndarray, " rows"]]:
+        """Different prompts, padded, and which of them each one is; all as they are where that saves no rows."""
+        keys = [np.asarray(prompt, np.int32).tobytes() for prompt in prompts]
+        different = dict(zip(keys, prompts, strict=True))
+        size = self._padded(len(different))
+        if size >= len(prompts):
+            return list(prompts), np.arange(len(prompts), dtype=np.int32)
+        place = {key: i for i, key in enumerate(different)}
+        padding = [prompts[0]] * (size - len(different))
+        return [*different.values(), *padding], np.array([place[key] for key in keys], np.int32)
 
     def _state(
         self, cache, logits, length, grammar: Int[np.ndarray, " rows"], capacity: int, asked: Sequence[PreparedRequest]
@@ -274,6 +307,16 @@ class Engine:
                 (requests, capacity if any(each.log_probabilities for each in asked) else 0), np.float32
             ),
         )
+
+
+def _ends(requests: Sequence[PreparedRequest], state: State, places: Int[np.ndarray, " n"]) -> dict[int, int]:
+    """How many tokens are kept of those of these requests that their text has ended."""
+    asking = [int(place) for place in places if requests[place].stop is not None]
+    if not asking:
+        return {}
+    tokens, counts = np.array(state.tokens), np.array(state.count)
+    found = {place: requests[place].stop(tokens[place, : counts[place]]) for place in asking}
+    return {place: end for place, end in found.items() if end is not None}
 
 
 def _shape_of(x: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:

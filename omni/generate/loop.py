@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
 
 from omni.generate.rules import Rules, admitted_classes
 from omni.generate.sampling import penalise, sample
-from omni.model import Decoder, apply_decoder, init_cache
+from omni.model import CACHE_AXES, Decoder, apply_decoder, init_cache
+from omni.sharding import constrain
 
 Cache = list[tuple[Array, Array]]
 PLAUSIBLE = 0.1  # least share of the likeliest id's own probability that an id needs to be drawn under guidance above 1
@@ -32,6 +33,7 @@ class Settings:
       weight: what each shadow weighs, by modality (0 where there is none).
       want: wanted modalities, then `rules.end`.
       reserve: fewest tokens, eos included, of the parts that are still wanted after so many; 0 for free requests.
+      stop_tokens: ids that end a reply outside of open spans, then -1; without columns where no request has any.
     """
 
     leader: Int[Array, " rows"]
@@ -48,6 +50,7 @@ class Settings:
     top_p: Float[Array, "requests modalities"]
     min_p: Float[Array, "requests modalities"]
     repetition_penalty: Float[Array, "requests modalities"]
+    stop_tokens: Int[Array, "requests stops"]
 
 
 @jax.tree_util.register_dataclass
@@ -98,6 +101,14 @@ def prefill(
     return cache, logits[:, 0]
 
 
+def copy_rows(
+    cache: Cache, logits: Float[Array, "read vocabulary"], source: Int[Array, " rows"]
+) -> tuple[Cache, Float[Array, "rows vocabulary"]]:
+    """What `prefill` gave, row i now being row `source[i]`: a prompt that was read once serves several rows."""
+    cache = jax.tree.map(lambda stored: constrain(stored[source], *CACHE_AXES), cache)
+    return cache, constrain(logits[source], "batch", "vocabulary")
+
+
 def advance(
     decoder: Decoder, rules: Rules, settings: Settings, state: State, n: Int[Array, ""], pause: Bool[Array, ""]
 ) -> State:
@@ -143,7 +154,9 @@ def emit(rules: Rules, settings: Settings, state: State) -> tuple[State, Int[Arr
     kind, next_state = rules.kind[state.grammar, symbol], rules.next_state[state.grammar, symbol]
     grammar = jnp.where(live & (next_state >= 0), next_state, state.grammar)
     begins = live & ~settings.free & (kind == expected) & (kind < rules.end)
-    done = ~live | (token == rules.eos) | (remaining <= 1)
+    whole = (next_state < 0) | (rules.cost[state.grammar, symbol] == 0)
+    stopped = whole & jnp.any(settings.stop_tokens == token[:, None], axis=-1)
+    done = ~live | (token == rules.eos) | (remaining <= 1) | stopped
     part_ended = rules.closed[grammar] | (rules.text[state.grammar] & (kind != 0)) | done
     place = jnp.where(live, state.count, state.tokens.shape[1])
     log_probabilities = state.log_probabilities

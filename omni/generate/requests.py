@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +50,9 @@ class PreparedRequest:
       constrained: whether only ids that the grammar admits may come.
       shadows: classifier-free guidance; see `unconditional_shadow`.
       log_probabilities: whether the reply comes with them.
+      stop_tokens: ids that end the reply where they come, unless a span is open: that is finished first.
+      stop: where a reply that has these ids ends, as the number of those that it keeps, or None where it goes on. What
+        it keeps must parse, and whether more ids follow may change nothing.
     """
 
     ids: Int[np.ndarray, " tokens"]
@@ -64,6 +67,8 @@ class PreparedRequest:
     constrained: bool = True
     shadows: tuple[Shadow, ...] = ()
     log_probabilities: bool = False
+    stop_tokens: tuple[int, ...] = ()
+    stop: Callable[[Int[np.ndarray, " tokens"]], int | None] | None = None
 
     @property
     def penalises(self) -> bool:
@@ -166,6 +171,9 @@ def check_request(request: PreparedRequest, grammar: Grammar, context: int | Non
     for shadow in request.shadows:
         if not (np.abs(shadow.weight) <= STRONGEST).all():  # written so that NaN fails, too
             raise UsageError(f"guidance must be a finite number of at most {STRONGEST} in size")
+    for token in request.stop_tokens:
+        if not 0 <= token < grammar.vocabulary.size:
+            raise UsageError(f"stop_tokens are ids in 0..{grammar.vocabulary.size - 1}, not {token}")
     if request.want is not None:
         _check_want(request, grammar)
     longest = max(len(prompt.ids) for prompt in (request, *request.shadows))

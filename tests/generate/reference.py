@@ -297,4 +297,8 @@ def slow_draws(model: Transformer, grammar: Grammar, asked: PreparedRequest) -> 
             state.append(following if following >= 0 else state[-1])
         if token == grammar.vocabulary.token("<eos>"):
             break
+        if token in asked.stop_tokens and not split(grammar, reply)[1]:
+            break
+        if asked.stop is not None and asked.stop(np.array(reply)) is not None:
+            break
     return drawn

@@ -133,13 +133,80 @@ def test_log_probabilities_are_of_what_each_token_was_drawn_from(model, grammar,
     ]
 
 
+def first_of(chosen: np.ndarray):
+    """A `PreparedRequest.stop`: up to the first of some ids."""
+
+    def stop(ids: np.ndarray) -> int | None:
+        places = np.flatnonzero(np.isin(ids, chosen))
+        return int(places[0]) + 1 if len(places) else None
+
+    return stop
+
+
+def stopping_requests(grammar) -> list:
+    """Requests that end at some text ids, in the loop or on the host, and at ids that also stand inside of spans."""
+    some = grammar.vocabulary.block("text")[::4]
+    closing = grammar.vocabulary.token("</image>")
+    codes = grammar.vocabulary.block("image").tolist()
+    plain = [
+        request(grammar, prompt(grammar, seed, "text"), seed=seed, max_tokens=40, want=(TEXT, IMAGE, TEXT, AUDIO))
+        for seed in (1, 2, 3, 4)
+    ]
+    return [
+        replace(plain[0], stop_tokens=tuple(some.tolist())),
+        replace(plain[0], stop=first_of(some)),
+        replace(plain[1], stop_tokens=(*codes, closing)),
+        replace(plain[2], stop=first_of(np.array([closing]))),
+        plain[3],
+    ]
+
+
+def test_stops_end_replies_where_they_come(model, grammar, engine):
+    """At the token at which the reference stops, whatever the host looks at in one go; spans are never left open."""
+    requests = stopping_requests(grammar)
+    replies = engine.generate(requests)
+    assert all(reply.well_formed for reply in replies)
+    ids = [reply.ids.tolist() for reply in replies]
+    assert ids == [slow_generate(model, grammar, asked) for asked in requests]
+    assert ids[0] == ids[1] and ids[2][-1] == ids[3][-1] == grammar.vocabulary.token("</image>")
+    assert ids[4] == engine.generate(requests[4:])[0].ids.tolist() and len(ids[0]) < len(ids[2]) < len(ids[4])
+
+
+@pytest.mark.parametrize("hop", [1, 7])
+def test_a_stream_stops_where_generate_does(grammar, engine, hop):
+    """No id beyond the stop is ever given out."""
+    requests = stopping_requests(grammar)
+    joined = {i: [] for i in range(len(requests))}
+    for increments in engine.stream(requests, hop):
+        for i, ids in increments:
+            joined[i] += ids.tolist()
+    assert list(joined.values()) == [reply.ids.tolist() for reply in engine.generate(requests)]
+
+
+def test_a_prompt_of_several_sequences_is_read_once(model, grammar, monkeypatch):
+    """Four samples under guidance: two prompts are read, and the replies are those of each alone."""
+    engine = Engine(make_decoder(model), grammar)
+    shadows = unconditional_shadow(prompt(grammar, 0), np.array([2, 3, 1], np.float32))
+    asked = request(grammar, prompt(grammar, 1, "text", "image"), shadows=shadows, want=(TEXT, IMAGE))
+    samples = [replace(asked, seed=seed) for seed in range(4)]
+    read, prefill = [], engine._prefill
+    monkeypatch.setattr(
+        engine, "_prefill", lambda *args, **named: (read.append(args[1].shape), prefill(*args, **named))[1]
+    )
+    together = [reply.ids.tolist() for reply in engine.generate(samples)]
+    assert read == [(2, 64)] and engine.counts["copy_rows"] == 1
+    assert together == [engine.generate([each])[0].ids.tolist() for each in samples]
+    assert len(set(map(tuple, together))) == 4 and engine.counts["copy_rows"] == 1  # nothing to copy for one
+
+
 def test_what_is_not_asked_for_is_not_in_the_program(model, grammar):
     """Ids that were seen are carried only where a request has a penalty, log-probabilities where one wants them."""
     engine = Engine(make_decoder(model), grammar)
     ids = prompt(grammar, 1, "text")
     for penalty, columns in ((1, 0), ((1, 1, 1.5), grammar.vocabulary.size)):
-        state = engine._start([request(grammar, ids), request(grammar, ids, repetition_penalty=penalty)])[1]
-        assert state.seen.shape == (2, columns) and state.log_probabilities.shape == (2, 0)
+        settings, state = engine._start([request(grammar, ids), request(grammar, ids, repetition_penalty=penalty)])
+        assert state.seen.shape == (2, columns) and settings.stop_tokens.shape == (2, 0)
+        assert state.log_probabilities.shape == (2, 0)
     state = engine._start([request(grammar, ids), request(grammar, ids, log_probabilities=True)])[1]
     assert state.seen.shape == (2, 0) and state.log_probabilities.shape == state.tokens.shape
 
