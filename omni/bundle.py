@@ -22,8 +22,8 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 import omni_tokenizers
-from omni.generate import Engine, PreparedRequest, per_modality, unconditional_shadow, wanted_modalities
-from omni.grammar import Grammar, Tokens
+from omni.generate import Engine, PreparedRequest, guidance_shadows, per_modality, wanted_modalities
+from omni.grammar import Grammar, Span, Tokens
 from omni.interop import export_checkpoint, is_public, load_checkpoint
 from omni.likelihood import document_losses
 from omni.model import Transformer, decoder_on, make_decoder
@@ -53,6 +53,8 @@ class Request:
       max_tokens: most tokens of the reply; by default the longest picture, sound or video and 32 tokens of text for
         each that is wanted, or the rest of the context.
       temperature, top_k, top_p, min_p, repetition_penalty, guidance: one number, or modality -> number.
+      media_guidance: weight of the prompt's pictures, sounds and videos without its text, which `guidance` then weighs
+        against these instead of against nothing (`omni.generate.guidance_shadows`); by default as much as that.
       constrained: whether only well-formed replies can come.
       log_probabilities: whether the reply holds them (`Reply.log_probabilities`); a stream does not.
       stop: strings of which the first that appears in a text of the reply ends the reply. The text is cut before it;
@@ -72,6 +74,7 @@ class Request:
     min_p: Setting | None = None
     repetition_penalty: Setting | None = None
     guidance: Setting | None = None
+    media_guidance: Setting | None = None
     constrained: bool = True
     log_probabilities: bool = False
     stop: Sequence[str] = ()
@@ -80,6 +83,7 @@ class Request:
 
 
 _NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "guidance": 1.0}
+_SETTINGS = (*_NEUTRAL, "media_guidance")
 
 
 class Model:
@@ -111,8 +115,8 @@ class Model:
         self.processor = Processor(vocabulary, grammar, tokenizers)
         self.context_length, self.mesh = context_length, mesh
         self.generation = dict(generation or {})
-        if unknown := set(self.generation) - set(_NEUTRAL):
-            raise OmniError(f"generation.json: unknown setting {sorted(unknown)}; settings are {sorted(_NEUTRAL)}")
+        if unknown := set(self.generation) - set(_SETTINGS):
+            raise OmniError(f"generation.json: unknown setting {sorted(unknown)}; settings are {sorted(_SETTINGS)}")
 
     @property
     def tokenizers(self) -> dict[str, omni_tokenizers.Tokenizer]:
@@ -217,9 +221,7 @@ class Model:
         """Requests as the engine takes them, each as many times as it asks for samples."""
         documents = [[self._part(part) for part in _listed(request.parts)] for request in requests]
         spans = self.processor.spans(documents)
-        prepared = [
-            self._prepare(request, self.grammar.prompt(own)) for request, own in zip(requests, spans, strict=True)
-        ]
+        prepared = [self._prepare(request, own) for request, own in zip(requests, spans, strict=True)]
         return [
             dataclasses.replace(each, seed=each.seed + sample)
             for request, each in zip(requests, prepared, strict=True)
@@ -230,20 +232,17 @@ class Model:
         """What stands for a part as one; of a video file only the frames that the model sees are read."""
         return self.processor.read(value) if isinstance(value, os.PathLike) else as_part(value)
 
-    def _prepare(self, request: Request, ids: Int[np.ndarray, " tokens"]) -> PreparedRequest:
+    def _prepare(self, request: Request, prompt: Sequence[Span]) -> PreparedRequest:
         grammar = self.grammar
         if not _is_integer(request.samples) or request.samples < 1:
             raise UsageError(f"samples is {request.samples!r}; it must be a whole number, at least 1")
         if isinstance(request.stop_tokens, str) or not all(map(_is_integer, request.stop_tokens)):
             raise UsageError(f"stop_tokens is a list of ids, not {request.stop_tokens!r}")
         stop = StopStrings(request.stop)
-        settings = {}
-        for name, neutral in _NEUTRAL.items():
-            own = self.generation.get(name, {})
-            chosen = getattr(request, name)
-            if isinstance(chosen, Mapping):
-                chosen = {**own, **chosen}
-            settings[name] = per_modality(grammar, own if chosen is None else chosen, neutral, name)
+        settings = {name: self._setting(request, name, neutral) for name, neutral in _NEUTRAL.items()}
+        guidance = settings["guidance"]
+        prompts = [prompt, [span for span in prompt if span.modality != "text"], []]
+        ids, media, nothing = (grammar.prompt(spans) for spans in prompts)
         want = wanted_modalities(grammar, request.want)
         return PreparedRequest(
             ids=ids,
@@ -259,8 +258,17 @@ class Model:
             log_probabilities=request.log_probabilities,
             stop_tokens=tuple(request.stop_tokens),
             stop=functools.partial(stop_place, self.processor, stop) if stop.strings else None,
-            shadows=unconditional_shadow(grammar.prompt([]), settings["guidance"]),
+            shadows=guidance_shadows(ids, media, nothing, guidance, self._setting(request, "media_guidance", guidance)),
         )
+
+    def _setting(
+        self, request: Request, name: str, default: float | Float[np.ndarray, " modalities"]
+    ) -> Float[np.ndarray, " modalities"]:
+        """A setting by modality: the request's own, else the model's, else the default."""
+        own, chosen = self.generation.get(name, {}), getattr(request, name)
+        if isinstance(chosen, Mapping):
+            chosen = {**own, **chosen}
+        return per_modality(self.grammar, own if chosen is None else chosen, default, name)
 
     def _reply_length(self, want: tuple[int, ...] | None, prompt_length: int) -> int:
         room = self.context_length - prompt_length

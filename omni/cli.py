@@ -93,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--stop", action="append", metavar="TEXT", help="end at this text (may be given repeatedly)")
     generate.add_argument("--stop-tokens", metavar="ID,ID", help="end at any of these ids")
     generate.add_argument("--max-tokens", type=int, help="most tokens of the reply")
-    for name in ("temperature", "top-k", "top-p", "min-p", "repetition-penalty", "guidance"):
+    for name in ("temperature", "top-k", "top-p", "min-p", "repetition-penalty", "guidance", "media-guidance"):
         generate.add_argument(f"--{name}", help="a number, or modality=number pairs: image=0.5,audio=0.7")
     generate.add_argument(
         "--tensor",

@@ -104,10 +104,9 @@ def run_generate(options: argparse.Namespace) -> None:
     _status(f"loading {options.model}")
     mesh = None if options.tensor is None else MeshConfig(tensor=options.tensor)
     model = omni.load(options.model, mesh=mesh)
+    sampling = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "guidance", "media_guidance")
     settings = {
-        name: parse_setting(name, getattr(options, name))
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "guidance")
-        if getattr(options, name) is not None
+        name: parse_setting(name, getattr(options, name)) for name in sampling if getattr(options, name) is not None
     }
     want = [name.strip() for name in options.want.split(",")] if options.want else None
     parts = read_arguments(options.parts, model.processor.read)

@@ -77,6 +77,17 @@ def test_settings_reach_the_engine_by_modality(tiny_model, monkeypatch):
     np.testing.assert_allclose([each.repetition_penalty for each in prepared], [[1.2, 1, 2], [1.2, 1, 1.1]])
 
 
+def test_media_guidance_drops_the_texts_of_the_prompt(tiny_model):
+    """Its shadow reads the pictures and sounds alone; where it is not given there is the one that reads nothing."""
+    picture = omni.Image(np.full((8, 8, 3), 90, np.uint8))
+    settings = {"guidance": {"image": 3}, "media_guidance": {"image": 1.2}}
+    asked, plain = tiny_model.prepare([Request(["seven", picture], **settings), Request(["seven", picture])])
+    nothing, media = asked.shadows
+    np.testing.assert_array_equal(media.ids, tiny_model.prepare([Request([picture])])[0].ids)
+    np.testing.assert_allclose([nothing.weight, media.weight], [[0, -0.2, 0], [0, -1.8, 0]], atol=1e-6)
+    np.testing.assert_array_equal([each.weight for each in plain.shadows], [[0, -1, 0]])
+
+
 def test_log_probabilities_on_request(tiny_model):
     """One for each token of the reply, none unless asked for, and not of a stream."""
     asked, plain = (tiny_model.generate(["seven"], ["image"], seed=1, log_probabilities=ask) for ask in (True, False))

@@ -92,12 +92,16 @@ class Generated:
 
 
 def per_modality(
-    grammar: Grammar, setting: float | Mapping[str, float], default: float, name: str
+    grammar: Grammar,
+    setting: float | Mapping[str, float],
+    default: float | Float[np.ndarray, " modalities"],
+    name: str,
 ) -> Float[np.ndarray, " modalities"]:
     """A setting as an array by modality.
 
     Args:
-      setting: one value for all, or modality -> value, with `default` for the rest.
+      setting: one value for all, or modality -> value.
+      default: for the rest, one value or one by modality.
       name: of the setting, for messages.
 
     Raises:
@@ -106,7 +110,8 @@ def per_modality(
     if isinstance(setting, Mapping):
         for modality in setting:
             _index(grammar, modality, name)
-        setting = [setting.get(modality, default) for modality in grammar.modalities]
+        defaults = np.broadcast_to(default, len(grammar.modalities))
+        setting = [setting.get(modality, each) for modality, each in zip(grammar.modalities, defaults, strict=True)]
     try:
         with np.errstate(over="ignore"):  # beyond float32 it becomes infinite, and is refused as such
             values = np.broadcast_to(np.asarray(setting, np.float32), len(grammar.modalities)).copy()
@@ -140,6 +145,31 @@ def unconditional_shadow(
     """
     guidance = np.asarray(guidance, np.float32)
     return () if (guidance == 1).all() else (Shadow(ids, 1 - guidance),)
+
+
+def guidance_shadows(
+    ids: Int[np.ndarray, " tokens"],
+    media: Int[np.ndarray, " media_tokens"],
+    nothing: Int[np.ndarray, " control_tokens"],
+    guidance: Float[np.ndarray, " modalities"],
+    media_guidance: Float[np.ndarray, " modalities"],
+) -> tuple[Shadow, ...]:
+    """Guidance in two steps, as Chameleon's (arXiv:2405.09818): nothing + media_guidance x (media - nothing) +
+    guidance x (own - media).
+
+    Where both guidances are the same, or the prompt lacks one of the two, it is that of `unconditional_shadow`.
+
+    Args:
+      ids: the whole prompt.
+      media: the prompt without its texts.
+      nothing: the empty prompt.
+    """
+    if np.array_equal(media, nothing):
+        return unconditional_shadow(nothing, guidance)
+    shadows = unconditional_shadow(nothing, media_guidance)
+    if np.array_equal(media, ids) or np.array_equal(guidance, media_guidance):
+        return shadows
+    return (*shadows, Shadow(media, np.asarray(media_guidance - guidance, np.float32)))
 
 
 def useful_shadows(request: PreparedRequest) -> list[Shadow]:

@@ -255,6 +255,25 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
 
 
+def three_passes(
+    model: Transformer, grammar: Grammar, asked: PreparedRequest, media, nothing, guidance, media_guidance, reply
+) -> list[float]:
+    """Log-probability of each token of a reply at temperature 1 under guidance in two steps, by its formula."""
+    found = []
+    for place, token in enumerate(reply):
+        before = reply[:place]
+        whole = [[*ids.tolist(), *before] for ids in (asked.ids, media, nothing)]
+        own, half, none = (whole_logits(model, grammar, ids, grammar.annotate(np.array(ids)).tolist()) for ids in whole)
+        modality = next_modality(grammar, before)
+        strong, weak = guidance[modality], media_guidance[modality]
+        allowed = admitted(grammar, asked, before)
+        if weak > 1 or strong > weak:
+            allowed = allowed & (own >= own[allowed].max() + np.log(0.1))
+        logits = none + weak * (half - none) + strong * (own - half)
+        found.append(log_softmax(np.where(allowed, logits, -np.inf))[token])
+    return found
+
+
 def slow_generate(model: Transformer, grammar: Grammar, asked: PreparedRequest) -> list[int]:
     """The reply to one request, ids."""
     return [token for token, _ in slow_draws(model, grammar, asked)]

@@ -28,7 +28,7 @@ def grammar():
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
-        ({"stop_tokens": (3, 64)}, r"stop_tokens are ids in 0\.\.63, not 64"),
+        ({"stop_tokens": (3, 9999)}, r"stop_tokens are ids in 0\.\.\d+, not 9999"),
         ({"min_p": 1.5}, "min_p of text is 1.5"),
         ({"repetition_penalty": (1, 0, 1)}, "repetition_penalty of image is 0.0"),
         ({"shadows": (Shadow(np.array([0, 1]), np.array([0, np.inf, 0])),)}, "guidance"),
