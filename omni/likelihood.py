@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from omni.generate.engine import bucket, power_of_two
+from omni.generate.slots import power_of_two
 from omni.grammar import Grammar, Tokens
 from omni.model import Transformer
 from omni.train.cross_entropy import token_losses
@@ -73,3 +73,8 @@ def _losses(
     stream = transformer.features(ids, positions, segments).stream
     following, chunk = jnp.roll(ids, -1, axis=1), max(1, LOGITS // len(ids))
     return token_losses(stream, transformer.output_weights(), following, chunk=chunk).cross_entropy
+
+
+def bucket(length: int, step: int = 64) -> int:
+    """The padded length: a multiple of `step` up to 512, then a power of two."""
+    return -(-length // step) * step if length <= 512 else power_of_two(length)

@@ -1,39 +1,37 @@
-"""The host side of generation: batches of any requests, in few shapes, over the compiled loop."""
+"""The compiled programs of generation, and batches of any requests over them."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 
-from omni.generate.loop import Settings, State, advance, copy_rows, prefill
+from omni.generate.loop import Cache, Settings, State, advance, copy_rows, enter, read_prompts
 from omni.generate.requests import Generated, PreparedRequest, check_request, useful_shadows
 from omni.generate.rules import make_rules
+from omni.generate.slots import Columns, Slots, power_of_two
 from omni.grammar import Grammar
-from omni.model import CACHE_AXES, Decoder
-from omni.sharding import ShardingRules, activations_on, named_sharding, spread
-from omni_tokenizers.errors import UsageError
-
-HOP = 16  # tokens after which the host looks whether text that has come ends a reply
+from omni.model import CACHE_AXES, Decoder, TransformerConfig, init_cache
+from omni.sharding import ShardingRules, activations_on, constrain, named_sharding, spread
 
 
 class Engine:
     """Answers prepared requests, any mix of them in one batch.
 
-    A prompt that several sequences of a batch have is read once, where that makes the batch of prompts smaller.
-
-    Prompts, replies and batches are padded to few sizes (`bucket`, powers of two), so that few programs are compiled.
+    Batches, pieces of prompts and what a batch has room for come in few sizes, so that few programs are compiled.
 
     Attributes:
       version: number of the way replies are drawn; the same request and seed get other replies from another version.
-      counts: how often `prefill`, `copy_rows` and `advance` were compiled, and the `steps` taken by all batches.
+      counts: how often each program was traced, the `steps` taken by all batches and the tokens of prompts `read`.
     """
 
     version = 2
@@ -51,7 +49,7 @@ class Engine:
 
         Args:
           context: most tokens of prompt and reply, None for no limit.
-          max_rows: most sequences in one batch.
+          max_rows: most sequences that `generate` and `stream` answer at a time, shadows among them; others wait.
           mesh: the devices over which the decoder lies (`decoder_on`), None for one. Sequences are split over them as
             rows of a training are, heads and vocabulary as its parameters; the replies are those of one device.
         """
@@ -60,8 +58,10 @@ class Engine:
         self._mesh, self._places = mesh, ShardingRules()
         self._row_shards = 1 if mesh is None else spread(mesh, self._places.batch)
         self.counts: Counter[str] = Counter()
-        self._prefill = jax.jit(self._counted(prefill), static_argnames="capacity")
-        self._copy_rows = jax.jit(self._counted(copy_rows))
+        self._empty = jax.jit(partial(_empty, decoder.config), static_argnames=("rows", "capacity"))
+        self._read_prompts = jax.jit(self._counted(read_prompts), donate_argnames=("cache", "logits"))
+        self._copy_rows = jax.jit(self._counted(copy_rows), donate_argnames=("cache", "logits"))
+        self._enter = jax.jit(self._counted(enter), donate_argnames="state")
         self._advance = jax.jit(self._counted(advance), donate_argnames="state")
 
     def _counted(self, function):
@@ -75,60 +75,109 @@ class Engine:
         return traced
 
     def generate(self, requests: Sequence[PreparedRequest]) -> list[Generated]:
-        """Replies in the order of the requests; as many batches as `max_rows` asks for.
+        """Replies in the order of the requests; where they are more than `max_rows` allows, some wait for others.
 
         Raises:
           UsageError, OmniError: for any request that cannot be answered, before anything runs (see `check_request`).
         """
         replies: list[Generated | None] = [None] * len(requests)
-        for batch in self._batches(requests):
-            asked = [requests[i] for i in batch]
-            hop = HOP if any(each.stop for each in asked) else max(each.max_tokens for each in asked)
-            *_, (state, counts) = self._emit(asked, hop, pause=False)
-            tokens = np.array(state.tokens)
-            whole = ~np.array(state.broken) & (self.grammar.tables.cost[np.array(state.grammar)] == 0)
-            whole = whole[: len(batch)] | (counts < np.array(state.count)[: len(batch)])  # what a stop keeps, parses
-            drawn = np.array(state.log_probabilities)
-            for place, i in enumerate(batch):
-                kept = slice(counts[place])
-                log_probabilities = drawn[place, kept] if requests[i].log_probabilities else None
-                replies[i] = Generated(tokens[place, kept], bool(whole[place]), log_probabilities)
+        slots, order = self._lined_up(requests)
+        while slots.busy:
+            for progress in slots.step():
+                if progress.reply:
+                    replies[order[progress.number]] = progress.reply
         return replies
 
     def stream(
         self, requests: Sequence[PreparedRequest], hop: int = 16
     ) -> Iterator[list[tuple[int, Int[np.ndarray, " tokens"]]]]:
-        """Lists of (request, its new ids): after at most `hop` tokens, and whenever a part has ended.
+        """Lists of (request, its new ids): after at most `hop` tokens, and whenever a part has ended."""
+        slots, order = self._lined_up(requests)
+        while slots.busy:
+            new = [(order[each.number], each.ids) for each in slots.step(hop, parts=True) if len(each.ids)]
+            if new:
+                yield sorted(new, key=lambda increment: increment[0])
+
+    def open(self, slots: int, *, capacity: int | None = None, shadows: int | None = None) -> Slots:
+        """A batch that requests may join at any time (`Slots.add`) and that answers them step by step (`Slots.step`).
+
+        Whatever was asked of it once compiles nothing when it is asked again.
+
+        Args:
+          slots: requests that are answered at a time; others wait for their turn.
+          capacity: most tokens of a prompt and its reply, by default the context.
+          shadows: rows for guidance, by default as many as slots.
 
         Raises:
-          UsageError: also if the requests do not fit one batch.
+          ValueError: without a capacity where the engine has no context either.
         """
-        batches = self._batches(requests)
-        if len(batches) > 1:
-            raise UsageError(f"{len(requests)} requests are more than one batch of {self.max_rows} sequences")
-        for batch in batches:
-            seen = np.zeros(len(batch), np.int32)
-            for state, counts in self._emit([requests[i] for i in batch], hop, pause=True):
-                tokens = np.array(state.tokens)
-                new = [(i, tokens[place, seen[place] : counts[place]]) for place, i in enumerate(batch)]
-                seen = counts
-                yield sorted((increment for increment in new if len(increment[1])), key=lambda increment: increment[0])
+        capacity = self.context if capacity is None else capacity
+        if capacity is None:
+            raise ValueError("an engine without a context needs the capacity of a batch")
+        size = self.padded(slots)
+        return Slots(self, size, self.padded(size if shadows is None else shadows), roomy(capacity), Columns())
 
-    def _emit(
-        self, requests: Sequence[PreparedRequest], hop: int, pause: bool
-    ) -> Iterator[tuple[State, Int[np.ndarray, " requests"]]]:
-        """The batch after every `hop` tokens at most, until all is done, and how many tokens each reply has of it."""
-        settings, state = self._start(requests)
-        ends: dict[int, int] = {}
-        counts = before = np.zeros(len(requests), np.int32)
-        while not state.done.all():
-            state, before = self._run(settings, state, n=hop, pause=pause), counts
-            counts = np.array(state.count)[: len(requests)]
-            ends |= _ends(requests, state, np.flatnonzero(counts > before))
-            if ends:
-                state = replace(state, done=state.done | np.isin(np.arange(len(state.done)), list(ends)))
-            yield state, np.array([ends.get(place, count) for place, count in enumerate(counts)], np.int32)
-        self.counts["steps"] += int(state.steps)
+    def _lined_up(self, requests: Sequence[PreparedRequest]) -> tuple[Slots, list[int]]:
+        """A batch of just the size for these requests, in which they wait, and their order in it: the longest replies
+        come first, so that at the end few slots are idle."""
+        for request in requests:
+            check_request(request, self.grammar, self.context)
+
+        def longest(i: int) -> int:
+            want = requests[i].want
+            return -requests[i].max_tokens if want is None else -int(self.grammar.tables.minimum[list(want)].sum())
+
+        order = sorted(range(len(requests)), key=longest)
+        rooms = [max(map(len, _prompts(request))) + request.max_tokens for request in requests]
+        capacity = roomy(max(rooms, default=1))
+        if self.context is not None:  # a reply that may fill the context has a budget that differs with each prompt
+            capacity = min(capacity, roomy(self.context))
+        slots = Slots(self, *self._sizes(requests), capacity, Columns.of(requests))
+        for i in order:
+            slots.add(requests[i])
+        return slots, order
+
+    def _sizes(self, requests: Sequence[PreparedRequest]) -> tuple[int, int]:
+        """Slots and rows of shadows: for all requests, or for as many as `max_rows` allows."""
+        shadows = [len(useful_shadows(request)) for request in requests]
+        slots = self.padded(max(1, len(requests)))
+        while True:
+            share = math.ceil(sum(shadows) * min(1, slots / max(1, len(requests))))
+            rows = self.padded(max(share, max(shadows, default=0)))
+            if slots + rows <= self.max_rows or slots <= self._row_shards:
+                return slots, rows
+            slots = self.padded(slots // 2)
+
+    def padded(self, sequences: int) -> int:
+        """In how many rows they go: a power of two, that splits evenly over the mesh."""
+        return -(-power_of_two(sequences) // self._row_shards) * self._row_shards
+
+    # The programs, on the mesh
+
+    def empty(self, rows: int, capacity: int) -> tuple[Cache, Float[Array, "rows vocabulary"]]:
+        """A cache and logits of rows that have read nothing."""
+        with self._on_mesh():
+            return self._empty(rows=rows, capacity=capacity)
+
+    def read_prompts(self, *arguments) -> tuple[Cache, Float[Array, "rows vocabulary"]]:
+        """`omni.generate.loop.read_prompts` with this decoder; the cache and the logits are given away."""
+        with self._on_mesh():
+            return self._read_prompts(self.decoder, *arguments)
+
+    def copy_rows(self, *arguments) -> tuple[Cache, Float[Array, "rows vocabulary"]]:
+        """`omni.generate.loop.copy_rows`; the cache and the logits are given away."""
+        with self._on_mesh():
+            return self._copy_rows(*arguments)
+
+    def enter(self, state: State, *arguments) -> State:
+        """`omni.generate.loop.enter`; the state is given away."""
+        with self._on_mesh():
+            return self._enter(state, *arguments)
+
+    def run_loop(self, settings: Settings, state: State, n: int, pause: int) -> State:
+        """`omni.generate.loop.advance` with this decoder and grammar; the state is given away."""
+        with self._on_mesh():
+            return self._advance(self.decoder, self.rules, settings, state, np.int32(n), np.int32(pause))
 
     def lower(self, requests: int, capacity: int) -> jax.stages.Lowered:
         """The program that emits the tokens of so many requests without guidance, not compiled yet.
@@ -136,16 +185,13 @@ class Engine:
         Args:
           capacity: tokens of prompt and reply that the cache has room for.
         """
-        config, rows = self.decoder.config, self._padded(requests)
+        config, rows = self.decoder.config, self.padded(requests)
         shape = (rows, config.key_value_heads, capacity, config.head_dim)
         stored = self._shape(shape, config.compute_dtype, *CACHE_AXES)
         logits = self._shape((rows, config.vocabulary_size), "float32", "batch", "vocabulary")
-        every, none = np.arange(rows, dtype=np.int32), np.zeros(len(self.grammar.modalities), np.float32)
-        request = PreparedRequest(self.grammar.prompt([]), capacity, none, none, none, none, none + 1)
-        shadows = np.zeros((rows, 0), np.int32), np.zeros((rows, 0, len(none)), np.float32)
-        settings = self._settings([request], rows, every, *shadows)
-        state = self._state([(stored, stored)] * config.depth, logits, every, every, capacity, [request])
-        arguments = self.rules, settings, state, np.int32(capacity), np.bool_(False)
+        slots = Slots(self, rows, 0, capacity, Columns())
+        arguments = self.rules, slots.settings(), slots.state([(stored, stored)] * config.depth, logits)
+        arguments = *arguments, np.int32(capacity), np.int32(0)
         shapes = jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else _shape_of(x), arguments)
         with self._on_mesh():
             return self._advance.lower(self.decoder, *shapes)
@@ -154,180 +200,25 @@ class Engine:
         place = None if self._mesh is None else named_sharding(axes, self._places, self._mesh, shape)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    def _run(self, settings: Settings, state: State, n: int, pause: bool) -> State:
-        with self._on_mesh():
-            return self._advance(self.decoder, self.rules, settings, state, np.int32(n), np.bool_(pause))
-
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self._mesh is None else activations_on(self._mesh, self._places)
 
-    def _padded(self, sequences: int) -> int:
-        """In how many rows they go: a power of two, that splits evenly over the mesh."""
-        return -(-power_of_two(sequences) // self._row_shards) * self._row_shards
 
-    def _batches(self, requests: Sequence[PreparedRequest]) -> list[list[int]]:
-        """Indices of the requests of each batch; like sizes together, since a batch takes as long as its longest."""
-        for request in requests:
-            check_request(request, self.grammar, self.context)
-
-        def size(i: int) -> tuple[int, int, int]:
-            request = requests[i]
-            wanted = 0 if request.want is None else int(self.grammar.tables.minimum[list(request.want)].sum())
-            return len(useful_shadows(request)), wanted or request.max_tokens, len(request.ids)
-
-        batches: list[list[int]] = []
-        leaders = shadows = 0
-        for i in sorted(range(len(requests)), key=size):
-            leaders, shadows = leaders + 1, shadows + len(useful_shadows(requests[i]))
-            if not batches or self._padded(leaders) + self._padded(shadows) > self.max_rows:
-                batches.append([])
-                leaders, shadows = 1, len(useful_shadows(requests[i]))
-            batches[-1].append(i)
-        return batches
-
-    def _start(self, requests: Sequence[PreparedRequest]) -> tuple[Settings, State]:
-        """The batch, padded, with its prompts read."""
-        shadows = [useful_shadows(request) for request in requests]
-        size = self._padded(len(requests))
-        prompts = [request.ids for request in requests] + [requests[0].ids] * (size - len(requests))
-        leader = list(range(size))
-        most = max(map(len, shadows))
-        shadow_rows = np.tile(np.arange(size, dtype=np.int32)[:, None], most)
-        weight = np.zeros((size, most, self.rules.modalities), np.float32)
-        for request, mine in enumerate(shadows):
-            for place, shadow in enumerate(mine):
-                shadow_rows[request, place], weight[request, place] = len(prompts), shadow.weight
-                prompts.append(shadow.ids)
-                leader.append(request)
-        padding = self._padded(len(prompts) - size) - (len(prompts) - size)
-        prompts += [requests[0].ids] * padding
-        leader += [0] * padding
-        state = self._read_prompts(prompts, size, requests)
-        state = replace(state, done=np.arange(size) >= len(requests))
-        return self._settings(requests, size, np.array(leader, np.int32), shadow_rows, weight), state
-
-    def _capacity(self, longest: int, max_tokens: int) -> int:
-        """Slots of the cache for prompts padded to `longest`: each token attends to all of them, so they are rounded
-        up more finely than prompts.
-
-        Never more than the context needs: a reply that may fill it has a budget that differs with each prompt, and
-        would be compiled for each anew.
-        """
-        capacity = bucket(longest + max_tokens, step=32)
-        return capacity if self.context is None else max(longest, min(capacity, bucket(self.context, step=32)))
-
-    def _settings(self, requests, size: int, leader, shadow, weight) -> Settings:
-        """The requests' own settings as arrays; padding repeats the first request."""
-        requests = [*requests, *[requests[0]] * (size - len(requests))]
-        wants = power_of_two(max(8, *(len(request.want or ()) for request in requests)))
-        stops = np.full((size, power_of_two(max(len(request.stop_tokens) for request in requests))), -1, np.int32)
-        want = np.full((size, wants + 1), self.rules.end, np.int32)
-        reserve = np.zeros((size, wants + 2), np.int32)
-        for i, request in enumerate(requests):
-            stops[i, : len(request.stop_tokens)] = request.stop_tokens
-            if request.want is not None:
-                want[i, : len(request.want)] = request.want
-                needs = [*self.grammar.tables.minimum[list(request.want)], 1]
-                reserve[i, : len(needs)] = np.cumsum(needs[::-1])[::-1]
-
-        def column(name: str, dtype) -> np.ndarray:
-            return np.array([getattr(request, name) for request in requests], dtype)
-
-        return Settings(
-            leader=leader,
-            shadow=shadow,
-            weight=weight,
-            want=want,
-            reserve=reserve,
-            free=np.array([request.want is None for request in requests]),
-            constrained=column("constrained", bool),
-            limit=column("max_tokens", np.int32),
-            seed=np.array([request.seed % 2**32 for request in requests], np.uint32),
-            temperature=column("temperature", np.float32),
-            top_k=column("top_k", np.int32),
-            top_p=column("top_p", np.float32),
-            min_p=column("min_p", np.float32),
-            repetition_penalty=column("repetition_penalty", np.float32),
-            stop_tokens=stops,
-        )
-
-    def _read_prompts(self, prompts: Sequence[np.ndarray], size: int, requests: Sequence[PreparedRequest]) -> State:
-        prompts, source = self._distinct(prompts)
-        rows, longest = len(prompts), bucket(max(map(len, prompts)))
-        ids = np.full((rows, longest), self.rules.pad, np.int32)
-        positions = np.zeros((rows, longest, 3), np.int32)
-        length = np.array([len(prompt) for prompt in prompts], np.int32)
-        last_state = np.zeros(rows, np.int32)
-        for row, prompt in enumerate(prompts):
-            states = self.grammar.annotate(prompt)
-            ids[row, : len(prompt)] = prompt
-            positions[row, : len(prompt)] = self.grammar.positions(states, np.arange(len(prompt)))
-            last_state[row] = states[-1]
-        capacity = self._capacity(longest, max(request.max_tokens for request in requests))
-        with self._on_mesh():
-            cache, logits = self._prefill(self.decoder, ids, positions, length, capacity=capacity)
-            if len(source) > rows:
-                cache, logits = self._copy_rows(cache, logits, source)
-        return self._state(cache, logits, length[source], last_state[source[:size]], capacity, requests)
-
-    def _distinct(self, prompts: Sequence[np.ndarray]) -> tuple[list[np.ndarray], Int[np.ndarray, " rows"]]:
-        """Different prompts, padded, and which of them each one is; all as they are where that saves no rows."""
-        keys = [np.asarray(prompt, np.int32).tobytes() for prompt in prompts]
-        different = dict(zip(keys, prompts, strict=True))
-        size = self._padded(len(different))
-        if size >= len(prompts):
-            return list(prompts), np.arange(len(prompts), dtype=np.int32)
-        place = {key: i for i, key in enumerate(different)}
-        padding = [prompts[0]] * (size - len(different))
-        return [*different.values(), *padding], np.array([place[key] for key in keys], np.int32)
-
-    def _state(
-        self, cache, logits, length, grammar: Int[np.ndarray, " rows"], capacity: int, asked: Sequence[PreparedRequest]
-    ) -> State:
-        """Nothing has been emitted yet."""
-        requests = len(grammar)
-        seen = np.zeros((requests, len(self.rules.class_of) if any(each.penalises for each in asked) else 0), bool)
-        if seen.size:
-            for row, request in zip(seen, asked, strict=False):
-                row[request.ids] = True
-        return State(
-            cache=cache,
-            logits=logits,
-            length=length,
-            tokens=np.full((requests, capacity), self.rules.pad, np.int32),
-            count=np.zeros(requests, np.int32),
-            grammar=grammar,
-            begun=np.zeros(requests, np.int32),
-            done=np.zeros(requests, bool),
-            broken=np.zeros(requests, bool),
-            part_ended=np.zeros((), bool),
-            steps=np.zeros((), np.int32),
-            seen=seen,
-            log_probabilities=np.zeros(
-                (requests, capacity if any(each.log_probabilities for each in asked) else 0), np.float32
-            ),
-        )
+def _empty(config: TransformerConfig, rows: int, capacity: int) -> tuple[Cache, Float[Array, "rows vocabulary"]]:
+    logits = jnp.zeros((rows, config.vocabulary_size), jnp.float32)
+    return init_cache(config, rows, capacity), constrain(logits, "batch", "vocabulary")
 
 
-def _ends(requests: Sequence[PreparedRequest], state: State, places: Int[np.ndarray, " n"]) -> dict[int, int]:
-    """How many tokens are kept of those of these requests that their text has ended."""
-    asking = [int(place) for place in places if requests[place].stop is not None]
-    if not asking:
-        return {}
-    tokens, counts = np.array(state.tokens), np.array(state.count)
-    found = {place: requests[place].stop(tokens[place, : counts[place]]) for place in asking}
-    return {place: end for place, end in found.items() if end is not None}
+def _prompts(request: PreparedRequest) -> list[Int[np.ndarray, " tokens"]]:
+    return [request.ids, *(shadow.ids for shadow in request.shadows)]
 
 
 def _shape_of(x: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def bucket(length: int, step: int = 64) -> int:
-    """The padded length: a multiple of `step` up to 512, then a power of two."""
-    return -(-length // step) * step if length <= 512 else power_of_two(length)
-
-
-def power_of_two(n: int) -> int:
-    """The least power of two that is at least n; 0 for 0."""
-    return 0 if n == 0 else 1 << (n - 1).bit_length()
+def roomy(tokens: int) -> int:
+    """Slots of a cache for so many tokens: every token attends to all of them, so they are rounded up finely, in steps
+    of an eighth of the power of two below and 32 at least."""
+    step = max(32, power_of_two(tokens + 1) // 16)
+    return -(-tokens // step) * step

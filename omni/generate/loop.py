@@ -1,7 +1,8 @@
-"""The compiled part of generation: `prefill` reads the prompts, `advance` emits tokens.
+"""The compiled part of generation: `read_prompts` reads what is given, `enter` begins replies, `advance` emits tokens.
 
-The batch has two axes. *Requests* emit tokens. *Rows* are what the transformer sees: row i of the first ones belongs to
-request i, the others are shadows, which read every token that their request emits.
+The batch has two axes. *Requests* are slots, in which one request after the other emits its tokens. *Rows* are what the
+transformer sees: row i of the first ones belongs to slot i, the others are shadows, which read every token that their
+slot emits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
 
 from omni.generate.rules import Rules, admitted_classes
 from omni.generate.sampling import penalise, sample
-from omni.model import CACHE_AXES, Decoder, apply_decoder, init_cache
+from omni.model import CACHE_AXES, Decoder, apply_decoder
 from omni.sharding import constrain
 
 Cache = list[tuple[Array, Array]]
@@ -25,10 +26,10 @@ PLAUSIBLE = 0.1  # least share of the likeliest id's own probability that an id 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Settings:
-    """What stays the same while a batch is generated.
+    """What stays the same while no request comes or goes.
 
     Attributes:
-      leader: the request that each row follows.
+      leader: the slot that each row follows.
       shadow: rows of a request's shadows (its own row where it has fewer).
       weight: what each shadow weighs, by modality (0 where there is none).
       want: wanted modalities, then `rules.end`.
@@ -65,9 +66,10 @@ class State:
       tokens: emitted ids, of which `count` are true.
       grammar: grammar state.
       begun: how many of the wanted parts have begun.
+      done: whether the slot is free: its reply has ended, or none has begun.
       broken: whether a token came that the grammar does not admit.
-      part_ended: whether some request ended a part with its last token.
-      steps: tokens emitted by the longest request.
+      ended: what the last token ended for some request: a reply (2), a part alone (1) or nothing (0).
+      steps: tokens that the batch has emitted, several requests' at once counted once.
       seen: ids that stand in the prompt or the reply; without columns where no request has a repetition penalty, and
         then the program has no trace of it.
       log_probabilities: of the emitted ids; without columns where no request asks for them.
@@ -82,48 +84,97 @@ class State:
     begun: Int[Array, " requests"]
     done: Bool[Array, " requests"]
     broken: Bool[Array, " requests"]
-    part_ended: Bool[Array, ""]
+    ended: Int[Array, ""]
     steps: Int[Array, ""]
     seen: Bool[Array, "requests vocabulary_or_none"]
     log_probabilities: Float[Array, "requests capacity_or_none"]
 
 
-def prefill(
+def read_prompts(
     decoder: Decoder,
-    ids: Int[Array, "rows length"],
-    positions: Int[Array, "rows length 3"],
-    length: Int[Array, " rows"],
-    capacity: int,
+    cache: Cache,
+    logits: Float[Array, "rows vocabulary"],
+    rows: Int[Array, " some"],
+    ids: Int[Array, "some length"],
+    positions: Int[Array, "some length 3"],
+    start: Int[Array, " some"],
+    last: Int[Array, " some"],
 ) -> tuple[Cache, Float[Array, "rows vocabulary"]]:
-    """Reads right-padded prompts: a cache of `capacity` slots with them, and the logits after each one's last token."""
-    cache = init_cache(decoder.config, len(ids), capacity)
-    logits, cache = apply_decoder(decoder, ids, positions, jnp.zeros_like(length), cache, last=length - 1)
-    return cache, logits[:, 0]
+    """Some rows read the next tokens of their prompts, right-padded: the first goes to slot `start` of the cache, and
+    the logits become those after token `last` of them. A row that does not exist reads for nothing."""
+    own = jax.tree.map(lambda stored: constrain(stored[rows], *CACHE_AXES), cache)
+    predicted, own = apply_decoder(decoder, ids, positions, start, own, last=last)
+    return _put(cache, own, rows), _put_logits(logits, predicted[:, 0], rows)
 
 
 def copy_rows(
-    cache: Cache, logits: Float[Array, "read vocabulary"], source: Int[Array, " rows"]
+    cache: Cache,
+    logits: Float[Array, "rows vocabulary"],
+    sources: Int[Array, " some"],
+    targets: Int[Array, " some"],
 ) -> tuple[Cache, Float[Array, "rows vocabulary"]]:
-    """What `prefill` gave, row i now being row `source[i]`: a prompt that was read once serves several rows."""
-    cache = jax.tree.map(lambda stored: constrain(stored[source], *CACHE_AXES), cache)
-    return cache, constrain(logits[source], "batch", "vocabulary")
+    """A prompt that was read once serves other rows; a target that does not exist gets nothing."""
+    own = jax.tree.map(lambda stored: constrain(stored[sources], *CACHE_AXES), cache)
+    return _put(cache, own, targets), _put_logits(logits, logits[sources], targets)
+
+
+def _put(cache: Cache, new: Cache, rows: Int[Array, " some"]) -> Cache:
+    return jax.tree.map(lambda stored, own: constrain(stored.at[rows].set(own, mode="drop"), *CACHE_AXES), cache, new)
+
+
+def _put_logits(
+    logits: Float[Array, "rows vocabulary"], new: Float[Array, "some vocabulary"], rows: Int[Array, " some"]
+) -> Float[Array, "rows vocabulary"]:
+    return constrain(logits.at[rows].set(new, mode="drop"), "batch", "vocabulary")
+
+
+def enter(
+    state: State,
+    begins: Bool[Array, " requests"],
+    grammar: Int[Array, " requests"],
+    length: Int[Array, " rows"],
+    seen: Bool[Array, "requests vocabulary_or_none"],
+) -> State:
+    """Begins replies in some slots, all prompts of which are read.
+
+    Args:
+      begins: the slots.
+      grammar: the state after a slot's prompt.
+      length: tokens of a row's prompt; -1 for rows of other slots.
+      seen: ids that stand in a slot's prompt.
+    """
+
+    def fresh(new, old: Array) -> Array:
+        return jnp.where(begins.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    return replace(
+        state,
+        length=jnp.where(length < 0, state.length, length),
+        count=fresh(0, state.count),
+        grammar=fresh(grammar, state.grammar),
+        begun=fresh(0, state.begun),
+        done=fresh(False, state.done),
+        broken=fresh(False, state.broken),
+        seen=fresh(seen, state.seen),
+    )
 
 
 def advance(
-    decoder: Decoder, rules: Rules, settings: Settings, state: State, n: Int[Array, ""], pause: Bool[Array, ""]
+    decoder: Decoder, rules: Rules, settings: Settings, state: State, n: Int[Array, ""], pause: Int[Array, ""]
 ) -> State:
-    """Emits up to `n` tokens for every request not yet done; with `pause`, stops after a token that ended a part."""
+    """Emits up to `n` tokens for every request not yet done; stops after one that ended at least `pause`, by the
+    numbers of `State.ended`: 1 for parts and replies, 2 for replies alone, 3 for neither."""
 
     def more(carry: tuple[Int[Array, ""], State]) -> Bool[Array, ""]:
         taken, state = carry
-        return (taken < n) & ~jnp.all(state.done) & ~(pause & state.part_ended)
+        return (taken < n) & ~jnp.all(state.done) & (state.ended < pause)
 
     def body(carry: tuple[Int[Array, ""], State]) -> tuple[Int[Array, ""], State]:
         taken, state = carry
         state, token = emit(rules, settings, state)
         return taken + 1, read(decoder, rules, settings, state, token)
 
-    start = replace(state, part_ended=jnp.zeros((), bool))
+    start = replace(state, ended=jnp.zeros((), jnp.int32))
     return jax.lax.while_loop(more, body, (jnp.zeros((), jnp.int32), start))[1]
 
 
@@ -158,6 +209,7 @@ def emit(rules: Rules, settings: Settings, state: State) -> tuple[State, Int[Arr
     stopped = whole & jnp.any(settings.stop_tokens == token[:, None], axis=-1)
     done = ~live | (token == rules.eos) | (remaining <= 1) | stopped
     part_ended = rules.closed[grammar] | (rules.text[state.grammar] & (kind != 0)) | done
+    ended = jnp.where(state.done, 0, part_ended.astype(jnp.int32) + done)
     place = jnp.where(live, state.count, state.tokens.shape[1])
     log_probabilities = state.log_probabilities
     if log_probabilities.shape[1]:
@@ -170,7 +222,7 @@ def emit(rules: Rules, settings: Settings, state: State) -> tuple[State, Int[Arr
         begun=state.begun + begins,
         done=done,
         broken=state.broken | (live & (next_state < 0)),
-        part_ended=jnp.any(part_ended & ~state.done),
+        ended=jnp.max(ended),
         steps=state.steps + 1,
         seen=state.seen.at[requests, token].set(True) if state.seen.shape[1] else state.seen,
         log_probabilities=log_probabilities,
@@ -209,8 +261,10 @@ def guided_logits(
 
 
 def read(decoder: Decoder, rules: Rules, settings: Settings, state: State, token: Int[Array, " requests"]) -> State:
-    """Every row reads the token of its request (padding, which nothing looks at again, once the request is done)."""
-    leader = settings.leader
+    """Every row reads the token of its slot. Rows of a slot that is done leave their cache as it is: in it may stand
+    what a later request begins with, or half of the prompt of one that is about to."""
+    leader, capacity = settings.leader, state.cache[0][0].shape[2]
     positions = state.length[:, None] + rules.shift[state.grammar[leader]]
-    logits, cache = apply_decoder(decoder, token[leader][:, None], positions[:, None], state.length, state.cache)
+    slots = jnp.where(state.done[leader], capacity, state.length)
+    logits, cache = apply_decoder(decoder, token[leader][:, None], positions[:, None], slots, state.cache)
     return replace(state, cache=cache, logits=logits[:, 0], length=state.length + 1)

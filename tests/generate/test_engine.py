@@ -183,40 +183,49 @@ def test_a_stream_stops_where_generate_does(grammar, engine, hop):
     assert list(joined.values()) == [reply.ids.tolist() for reply in engine.generate(requests)]
 
 
-def test_a_prompt_of_several_sequences_is_read_once(model, grammar, monkeypatch):
+def test_a_prompt_of_several_sequences_is_read_once(model, grammar):
     """Four samples under guidance: two prompts are read, and the replies are those of each alone."""
     engine = Engine(make_decoder(model), grammar)
     shadows = unconditional_shadow(prompt(grammar, 0), np.array([2, 3, 1], np.float32))
     asked = request(grammar, prompt(grammar, 1, "text", "image"), shadows=shadows, want=(TEXT, IMAGE))
     samples = [replace(asked, seed=seed) for seed in range(4)]
-    read, prefill = [], engine._prefill
-    monkeypatch.setattr(
-        engine, "_prefill", lambda *args, **named: (read.append(args[1].shape), prefill(*args, **named))[1]
-    )
     together = [reply.ids.tolist() for reply in engine.generate(samples)]
-    assert read == [(2, 64)] and engine.counts["copy_rows"] == 1
+    assert engine.counts["read"] == len(asked.ids) + len(shadows[0].ids)
+    assert (copied := engine.counts["copy_rows"]) > 0
     assert together == [engine.generate([each])[0].ids.tolist() for each in samples]
-    assert len(set(map(tuple, together))) == 4 and engine.counts["copy_rows"] == 1  # nothing to copy for one
+    assert len(set(map(tuple, together))) == 4 and engine.counts["copy_rows"] == copied  # nothing to copy for one
 
 
 def test_what_is_not_asked_for_is_not_in_the_program(model, grammar):
     """Ids that were seen are carried only where a request has a penalty, log-probabilities where one wants them."""
     engine = Engine(make_decoder(model), grammar)
     ids = prompt(grammar, 1, "text")
-    for penalty, columns in ((1, 0), ((1, 1, 1.5), grammar.vocabulary.size)):
-        settings, state = engine._start([request(grammar, ids), request(grammar, ids, repetition_penalty=penalty)])
-        assert state.seen.shape == (2, columns) and settings.stop_tokens.shape == (2, 0)
-        assert state.log_probabilities.shape == (2, 0)
-    state = engine._start([request(grammar, ids), request(grammar, ids, log_probabilities=True)])[1]
-    assert state.seen.shape == (2, 0) and state.log_probabilities.shape == state.tokens.shape
+
+    def widths(**changes) -> list[int]:
+        slots, _ = engine._lined_up([request(grammar, ids), request(grammar, ids, **changes)])
+        slots.step(1)
+        columns = slots._state.seen, slots._settings.stop_tokens, slots._state.log_probabilities
+        return [each.shape[1] for each in columns]
+
+    assert widths() == [0, 0, 0]
+    assert widths(repetition_penalty=(1, 1, 1.5)) == [grammar.vocabulary.size, 0, 0]
+    assert widths(stop_tokens=(1, 2, 3)) == [0, 4, 0]
+    assert widths(log_probabilities=True) == [0, 0, slots_for(ids)]
+
+
+def slots_for(ids: np.ndarray) -> int:
+    """Of a cache for this prompt and the 24 tokens of `request`."""
+    return -(-(len(ids) + 24) // 32) * 32
 
 
 def test_a_batch_takes_the_steps_of_its_longest_in_one_program(model, grammar):
-    """Eight different requests: steps are the maximum and not the sum; one prefill and one advance are compiled."""
+    """Eight different requests: steps are the maximum and not the sum; one program each is compiled."""
     engine = Engine(make_decoder(model), grammar)
     lengths = [len(reply.ids) for reply in engine.generate(mixed_requests(grammar, 1.0))]
     assert len(set(lengths)) > 3
-    assert engine.counts == {"prefill": 1, "advance": 1, "steps": max(lengths)}
+    read = engine.counts.pop("read")
+    assert engine.counts == {"read_prompts": 1, "copy_rows": 1, "enter": 1, "advance": 1, "steps": max(lengths)}
+    assert read > 16  # all but the one that two requests have as their shadow
 
 
 def test_what_is_lowered_from_shapes_is_what_runs(model, grammar):
@@ -226,19 +235,19 @@ def test_what_is_lowered_from_shapes_is_what_runs(model, grammar):
     requests = [request(grammar, prompt(grammar, seed, "text"), max_tokens=9) for seed in (1, 2)]
     engine.generate(requests)
     assert engine.counts["advance"] == 1
-    lowered = engine.lower(requests=2, capacity=96)
+    lowered = engine.lower(requests=2, capacity=32)
     assert engine.counts["advance"] == 1 and "while" in lowered.as_text()
-    engine.lower(requests=2, capacity=128)
+    engine.lower(requests=2, capacity=64)
     assert engine.counts["advance"] == 2
 
 
 def test_another_prompt_of_the_same_padded_length_compiles_nothing(grammar, engine):
     """Prompt, order, seed, sampling and budget are data."""
-    engine.generate([request(grammar, prompt(grammar, 1, "text"), want=(IMAGE,))])
-    before = {name: engine.counts[name] for name in ("prefill", "advance")}
+    engine.generate([request(grammar, prompt(grammar, 1, "text"), want=(IMAGE,), max_tokens=50)])
+    before = {name: engine.counts[name] for name in ("read_prompts", "advance")}
     changed = {"want": (TEXT, AUDIO), "seed": 9, "temperature": 0.3, "top_p": 0.5, "max_tokens": 31}
     engine.generate([request(grammar, prompt(grammar, 2, "audio", "text", "image"), **changed)])
-    assert before == {name: engine.counts[name] for name in ("prefill", "advance")}
+    assert before == {name: engine.counts[name] for name in ("read_prompts", "advance")}
 
 
 def test_neither_batch_nor_slot_changes_a_reply(model, grammar, engine):

@@ -1,0 +1,443 @@
+"""The host side of a running batch: requests wait for a slot, read their prompts, emit, and leave."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from omni.generate.loop import Cache, Settings, State
+from omni.generate.requests import Generated, PreparedRequest, check_request, useful_shadows
+from omni_tokenizers.errors import UsageError
+
+if TYPE_CHECKING:
+    from omni.generate.engine import Engine
+
+HOP = 16  # tokens after which the host looks whether text that has come ends a reply
+# Prompts are read in pieces of few sizes, of few rows at once, so that few programs are compiled.
+CHUNKS = (32, 128, 512)
+ROWS = (1, 4, 16, 64, 256)
+READING_HOP = 8  # tokens that others emit between two pieces of a prompt
+PARTS, REPLIES, NOTHING = 1, 2, 3  # at whose ends `advance` pauses
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How wide the settings and the state of a batch are: as its widest request needs, and never narrower again, since
+    each width is a program of its own."""
+
+    shadows: int = 0
+    wants: int = 8
+    stops: int = 0
+    seen: bool = False
+    log_probabilities: bool = False
+
+    @classmethod
+    def of(cls, requests: Sequence[PreparedRequest]) -> Columns:
+        """Those that some requests need."""
+        found = cls()
+        for request in requests:
+            found |= cls(
+                len(useful_shadows(request)),
+                power_of_two(len(request.want or ())),
+                power_of_two(len(request.stop_tokens)),
+                request.penalises,
+                request.log_probabilities,
+            )
+        return found
+
+    def __or__(self, other: Columns) -> Columns:
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Columns(*(max(own, others) for own, others in pairs))
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """What a request has emitted since the last that was heard of it.
+
+    Attributes:
+      number: the request's, as `Slots.add` gave it.
+      ids: the new tokens.
+      reply: the whole reply, once it has ended.
+    """
+
+    number: int
+    ids: Int[np.ndarray, " tokens"]
+    reply: Generated | None = None
+
+
+@dataclass(eq=False)
+class _Occupant:
+    """A request in a slot, and its rows: its own and those of its shadows."""
+
+    number: int
+    request: PreparedRequest
+    rows: list[int]
+    prompts: list[Int[np.ndarray, " tokens"]]
+    unread: int = 0
+    running: bool = False
+    given: int = 0
+    """Tokens of the reply that were given out."""
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A prompt that is being read into a row, for that row's occupant and for others that begin alike."""
+
+    ids: Int[np.ndarray, " tokens"]
+    positions: Int[np.ndarray, "tokens 3"]
+    row: int
+    at: int
+    """The next token to read."""
+    occupants: list[_Occupant] = field(default_factory=list)
+    copies: list[int] = field(default_factory=list)
+
+
+class Slots:
+    """A batch that requests join and leave while it runs; see `Engine.open`.
+
+    A prompt that several requests which join together have is read once. A slot keeps what its cache holds when its
+    request has left, and a request takes the free slot that holds most of the beginning of its prompt: the next turn of
+    a conversation reads what is new alone.
+
+    Attributes:
+      size: slots, one for each request that is answered at a time.
+      capacity: most tokens of a prompt and its reply.
+    """
+
+    def __init__(self, engine: Engine, size: int, shadow_rows: int, capacity: int, columns: Columns):
+        """An empty batch; `shadow_rows` rows are for the shadows of guided requests."""
+        self.size, self.capacity = size, capacity
+        self._engine, self._columns = engine, columns
+        self._rows = size + shadow_rows
+        self._waiting: deque[tuple[int, PreparedRequest]] = deque()
+        self._occupants: list[_Occupant | None] = [None] * size
+        self._readings: list[_Reading] = []
+        self._free_rows = set(range(size, self._rows))
+        self._held = [np.zeros(0, np.int32)] * self._rows
+        self._left = [-1] * self._rows  # the number of the request that left it last
+        self._added = 0
+        self._settings: Settings | None = None
+        self._state: State | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or is being answered."""
+        return bool(self._waiting) or any(self._occupants)
+
+    def add(self, request: PreparedRequest) -> int:
+        """Lines a request up; returns its number, counted from 0.
+
+        Raises:
+          UsageError, OmniError: if it cannot be answered, at all or with this capacity (see `check_request`).
+        """
+        limits = [limit for limit in (self.capacity, self._engine.context) if limit is not None]
+        check_request(request, self._engine.grammar, min(limits))
+        if len(useful_shadows(request)) > self._rows - self.size:
+            raise UsageError(
+                f"guidance of this request takes {len(useful_shadows(request))} more rows, the batch has "
+                f"{self._rows - self.size} for it; open it with more shadows"
+            )
+        self._waiting.append((self._added, request))
+        self._added += 1
+        return self._added - 1
+
+    def warm_up(self, requests: Sequence[PreparedRequest] = ()) -> None:
+        """Compiles all that requests like these will run (by default plain ones, without guidance), so that no reply
+        waits for a compiler; nothing is generated."""
+        self._columns |= Columns.of(requests)
+        self._settings, self._state = self.settings(), self._widened()
+        nobody = [size for size in ROWS if size < self._rows * 2]
+        for rows in (self._padded([self._rows] * size) for size in nobody):
+            zeros = np.zeros(len(rows), np.int32)
+            for size in (size for size in CHUNKS if size < self.capacity * 2):
+                ids = np.full((len(rows), size), self._engine.rules.pad, np.int32)
+                pieces = rows, ids, np.zeros((*ids.shape, 3), np.int32), zeros, zeros
+                self._place(*self._engine.read_prompts(self._state.cache, self._state.logits, *pieces))
+            self._place(*self._engine.copy_rows(self._state.cache, self._state.logits, zeros, rows))
+        self._enter([])
+        if not self.busy:
+            self._state = self._engine.run_loop(self._settings, self._state, 1, NOTHING)
+
+    def step(self, hop: int | None = None, *, parts: bool = False) -> list[Progress]:
+        """Goes on until a request ends that another one waits for, or all have ended; returns what came until then.
+
+        Args:
+          hop: most tokens that each request emits.
+          parts: stops at the end of every part.
+        """
+        self._admit()
+        if self._readings:
+            self._read()
+        running = [each for each in self._occupants if each and each.running]
+        if not running:
+            return []
+        limits = [hop] if hop else []
+        limits += [READING_HOP] if self._readings else []
+        limits += [HOP] if any(each.request.stop for each in running) else []
+        pause = PARTS if parts else REPLIES if self._waiting or self._readings else NOTHING
+        steps = int(self._state.steps)
+        self._state = self._engine.run_loop(self._settings, self._state, min(limits, default=self.capacity), pause)
+        self._engine.counts["steps"] += int(self._state.steps) - steps
+        return self._collect()
+
+    # Joining
+
+    def _admit(self) -> None:
+        """Gives free slots to those that wait, in their order."""
+        joined = False
+        while self._waiting and (free := [slot for slot, each in enumerate(self._occupants) if each is None]):
+            number, request = self._waiting[0]
+            shadows = useful_shadows(request)
+            if len(shadows) > len(self._free_rows):
+                break
+            self._waiting.popleft()
+            rows = [self._best(free, request.ids)]
+            for shadow in shadows:
+                rows.append(self._best(self._free_rows, shadow.ids))
+                self._free_rows.remove(rows[-1])
+            occupant = _Occupant(number, request, rows, [request.ids, *(shadow.ids for shadow in shadows)])
+            self._occupants[rows[0]] = occupant
+            self._columns |= Columns.of([request])
+            for row, ids in zip(rows, occupant.prompts, strict=True):
+                self._line_up(occupant, row, np.asarray(ids, np.int32))
+            joined = True
+        if joined:
+            self._settings = self.settings()
+            self._state = self._widened()
+
+    def _best(self, rows: Iterable[int], ids: Int[np.ndarray, " tokens"]) -> int:
+        """The row that holds most of the beginning of a prompt and little besides; else the one used longest ago."""
+
+        def worth(row: int) -> tuple[int, int, int]:
+            shared = _shared(self._held[row], ids)
+            return (shared if 2 * shared > len(self._held[row]) else 0), -self._left[row], -row
+
+        return max(rows, key=worth)
+
+    def _line_up(self, occupant: _Occupant, row: int, ids: Int[np.ndarray, " tokens"]) -> None:
+        occupant.unread += 1
+        for reading in self._readings:
+            if np.array_equal(reading.ids, ids):
+                reading.occupants.append(occupant)
+                reading.copies.append(row)
+                return
+        grammar = self._engine.grammar
+        positions = grammar.positions(grammar.annotate(ids), np.arange(len(ids)))
+        start = min(_shared(self._held[row], ids), len(ids) - 1)  # one token at least, for the logits after it
+        self._readings.append(_Reading(ids, positions, row, start, [occupant]))
+
+    # Reading
+
+    def _read(self) -> None:
+        """The next piece of every prompt; those whose prompts are read begin to emit."""
+        by_size: dict[int, list[_Reading]] = {}
+        for reading in self._readings:
+            by_size.setdefault(piece(len(reading.ids) - reading.at, CHUNKS), []).append(reading)
+        for size, readings in by_size.items():
+            for some in _split(readings):
+                self._read_pieces(some, size)
+        finished = [reading for reading in self._readings if reading.at == len(reading.ids)]
+        self._readings = [reading for reading in self._readings if reading.at < len(reading.ids)]
+        for pairs in _split([(reading.row, target) for reading in finished for target in reading.copies]):
+            sources, targets = (self._padded(list(rows)) for rows in zip(*pairs, strict=True))
+            self._place(*self._engine.copy_rows(self._state.cache, self._state.logits, sources, targets))
+        for reading in finished:
+            for row in (reading.row, *reading.copies):
+                self._held[row] = reading.ids
+            for occupant in reading.occupants:
+                occupant.unread -= 1
+        if ready := [each for each in self._occupants if each and not each.running and not each.unread]:
+            self._enter(ready)
+
+    def _read_pieces(self, readings: Sequence[_Reading], size: int) -> None:
+        rows = self._padded([reading.row for reading in readings])
+        ids = np.full((len(rows), size), self._engine.rules.pad, np.int32)
+        positions = np.zeros((len(rows), size, 3), np.int32)
+        start, last = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32)
+        for i, reading in enumerate(readings):
+            read = slice(reading.at, reading.at + size)
+            count = len(reading.ids[read])
+            ids[i, :count], positions[i, :count] = reading.ids[read], reading.positions[read]
+            start[i], last[i] = reading.at, count - 1
+            reading.at += count
+            self._engine.counts["read"] += count
+        pieces = rows, ids, positions, start, last
+        self._place(*self._engine.read_prompts(self._state.cache, self._state.logits, *pieces))
+
+    def _padded(self, rows: list[int]) -> Int[np.ndarray, " rows"]:
+        """The rows, then one that does not exist, in one of the sizes in which rows are read and copied."""
+        size = self._engine.padded(next(size for size in ROWS if len(rows) <= size))
+        return np.array(rows + [self._rows] * (size - len(rows)), np.int32)
+
+    def _place(self, cache: Cache, logits: Float[Array, "rows vocabulary"]) -> None:
+        self._state = replace(self._state, cache=cache, logits=logits)
+
+    def _enter(self, occupants: Sequence[_Occupant]) -> None:
+        begins, grammar = np.zeros(self.size, bool), np.zeros(self.size, np.int32)
+        length = np.full(self._rows, -1, np.int32)
+        seen = np.zeros(self._state.seen.shape, bool)
+        for occupant in occupants:
+            slot, ids = occupant.rows[0], occupant.request.ids
+            begins[slot], grammar[slot] = True, self._engine.grammar.annotate(ids)[-1]
+            for row, prompt in zip(occupant.rows, occupant.prompts, strict=True):
+                length[row] = len(prompt)
+            if seen.size:
+                seen[slot, ids] = True
+            occupant.running = True
+        self._state = self._engine.enter(self._state, begins, grammar, length, seen)
+
+    # Leaving
+
+    def _collect(self) -> list[Progress]:
+        """What is new of each request; those that have ended leave."""
+        state, grammar = self._state, self._engine.grammar
+        tokens, counts, done = np.array(state.tokens), np.array(state.count), np.array(state.done)
+        whole = ~np.array(state.broken) & (grammar.tables.cost[np.array(state.grammar)] == 0)
+        drawn = np.array(state.log_probabilities)
+        found, stopped = [], False
+        for slot, occupant in enumerate(self._occupants):
+            if occupant is None or not occupant.running:
+                continue
+            emitted, count, request = tokens[slot, : counts[slot]], int(counts[slot]), occupant.request
+            end = request.stop(emitted) if request.stop and count > occupant.given else None
+            new, reply = tokens[slot, occupant.given : count if end is None else end], None
+            occupant.given += len(new)
+            if done[slot] or end is not None:
+                stopped |= not done[slot]
+                done[slot], kept = True, slice(occupant.given)
+                log_probabilities = drawn[slot, kept] if request.log_probabilities else None
+                well_formed = bool(whole[slot]) or (end is not None and end < count)  # what a stop keeps, parses
+                reply = Generated(emitted[kept], well_formed, log_probabilities)
+                self._leave(slot, occupant, emitted)
+            if len(new) or reply:
+                found.append(Progress(occupant.number, new, reply))
+        if stopped:
+            self._state = replace(self._state, done=done)
+        return sorted(found, key=lambda progress: progress.number)
+
+    def _leave(self, slot: int, occupant: _Occupant, emitted: Int[np.ndarray, " tokens"]) -> None:
+        for row, prompt in zip(occupant.rows, occupant.prompts, strict=True):
+            self._held[row] = np.concatenate([prompt, emitted[:-1]])  # nothing has read the last one
+            self._left[row] = occupant.number
+        self._occupants[slot] = None
+        self._free_rows.update(occupant.rows[1:])
+
+    # Arrays
+
+    def settings(self) -> Settings:
+        """The settings of all slots as arrays; nothing looks at those of a free one."""
+        occupied = [(slot, each.request) for slot, each in enumerate(self._occupants) if each]
+        columns, rules = self._columns, self._engine.rules
+        want = np.full((self.size, columns.wants + 1), rules.end, np.int32)
+        reserve = np.zeros((self.size, columns.wants + 2), np.int32)
+        stops = np.full((self.size, columns.stops), -1, np.int32)
+        for slot, request in occupied:
+            stops[slot, : len(request.stop_tokens)] = request.stop_tokens
+            if request.want is not None:
+                want[slot, : len(request.want)] = request.want
+                needs = [*self._engine.grammar.tables.minimum[list(request.want)], 1]
+                reserve[slot, : len(needs)] = np.cumsum(needs[::-1])[::-1]
+
+        def column(values: Sequence, dtype, *shape: int) -> np.ndarray:
+            array = np.ones((self.size, *shape), dtype)
+            for (slot, _), value in zip(occupied, values, strict=True):
+                array[slot] = value
+            return array
+
+        def by_modality(name: str, dtype) -> np.ndarray:
+            return column([getattr(request, name) for _, request in occupied], dtype, rules.modalities)
+
+        return Settings(
+            **self._guidance(),
+            want=want,
+            reserve=reserve,
+            free=column([request.want is None for _, request in occupied], bool),
+            constrained=column([request.constrained for _, request in occupied], bool),
+            limit=column([request.max_tokens for _, request in occupied], np.int32),
+            seed=column([request.seed % 2**32 for _, request in occupied], np.uint32),
+            temperature=by_modality("temperature", np.float32),
+            top_k=by_modality("top_k", np.int32),
+            top_p=by_modality("top_p", np.float32),
+            min_p=by_modality("min_p", np.float32),
+            repetition_penalty=by_modality("repetition_penalty", np.float32),
+            stop_tokens=stops,
+        )
+
+    def _guidance(self) -> dict[str, np.ndarray]:
+        """Who follows whom, and with what weight; a row that shadows nobody follows the first slot for nothing."""
+        leader = np.concatenate([np.arange(self.size), np.zeros(self._rows - self.size)]).astype(np.int32)
+        shadow = np.tile(np.arange(self.size, dtype=np.int32)[:, None], self._columns.shadows)
+        weight = np.zeros((self.size, self._columns.shadows, self._engine.rules.modalities), np.float32)
+        for slot, occupant in enumerate(self._occupants):
+            shadows = zip(occupant.rows[1:], useful_shadows(occupant.request), strict=True) if occupant else ()
+            for place, (row, each) in enumerate(shadows):
+                leader[row], shadow[slot, place], weight[slot, place] = slot, row, each.weight
+        return {"leader": leader, "shadow": shadow, "weight": weight}
+
+    def _widened(self) -> State:
+        """The state, with the columns that are needed by now."""
+        if self._state is None:
+            return self.state(*self._engine.empty(self._rows, self.capacity))
+        seen, log_probabilities = self._seen_and_drawn()
+        if seen.shape != self._state.seen.shape:
+            self._state = replace(self._state, seen=seen)
+        if log_probabilities.shape != self._state.log_probabilities.shape:
+            self._state = replace(self._state, log_probabilities=log_probabilities)
+        return self._state
+
+    def state(self, cache: Cache, logits: Float[Array, "rows vocabulary"]) -> State:
+        """Nothing has been emitted yet."""
+        requests, none = self.size, np.zeros((), np.int32)
+        seen, log_probabilities = self._seen_and_drawn()
+        return State(
+            cache=cache,
+            logits=logits,
+            length=np.zeros(self._rows, np.int32),
+            tokens=np.full((requests, self.capacity), self._engine.rules.pad, np.int32),
+            count=np.zeros(requests, np.int32),
+            grammar=np.zeros(requests, np.int32),
+            begun=np.zeros(requests, np.int32),
+            done=np.ones(requests, bool),
+            broken=np.zeros(requests, bool),
+            ended=none,
+            steps=none,
+            seen=seen,
+            log_probabilities=log_probabilities,
+        )
+
+    def _seen_and_drawn(self) -> tuple[Bool[np.ndarray, "slots _"], Float[np.ndarray, "slots _"]]:
+        columns, vocabulary = self._columns, len(self._engine.rules.class_of)
+        return (
+            np.zeros((self.size, vocabulary if columns.seen else 0), bool),
+            np.zeros((self.size, self.capacity if columns.log_probabilities else 0), np.float32),
+        )
+
+
+def _shared(held: Int[np.ndarray, " held"], ids: Int[np.ndarray, " tokens"]) -> int:
+    """How many ids two sequences begin with alike."""
+    length = min(len(held), len(ids))
+    differs = held[:length] != ids[:length]
+    return int(np.argmax(differs)) if differs.any() else length
+
+
+def piece(n: int, sizes: Sequence[int]) -> int:
+    """In which size so many are taken next: the largest that is more than half full, or the smallest."""
+    return max((size for size in sizes if n > size // 2), default=sizes[0])
+
+
+def _split(items: list) -> Iterator[list]:
+    """In the numbers of rows that are read or copied at once."""
+    while items:
+        count = piece(len(items), ROWS)
+        yield items[:count]
+        items = items[count:]
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n; 0 for 0."""
+    return 0 if n == 0 else 1 << (n - 1).bit_length()
