@@ -17,10 +17,11 @@ _HOMES = {
     "Audio": "omni.parts",
     "Video": "omni.parts",
     "Model": "omni.bundle",
-    "Request": "omni.bundle",
+    "Request": "omni.prompts",
+    "Message": "omni.messages",
     "load": "omni.bundle",
     "Reply": "omni.reply",
-    "Event": "omni.reply",
+    "Event": "omni.streaming",
     "OmniError": "omni_tokenizers.errors",
     "UsageError": "omni_tokenizers.errors",
 }

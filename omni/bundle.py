@@ -5,12 +5,9 @@ model.json  weights.safetensors  vocabulary.json  grammar.json  generation.json 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -22,68 +19,24 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 import omni_tokenizers
-from omni.generate import Engine, PreparedRequest, guidance_shadows, per_modality, wanted_modalities
-from omni.grammar import Grammar, Span, Tokens
+from omni.generate import Engine, PreparedRequest
+from omni.grammar import Grammar, Tokens
 from omni.interop import export_checkpoint, is_public, load_checkpoint
 from omni.likelihood import document_losses
 from omni.model import Transformer, decoder_on, make_decoder
 from omni.model.files import DESCRIPTION, load_transformer, save_transformer
-from omni.parts import Part, as_part
+from omni.parts import Part
 from omni.processor import Processor
-from omni.reply import Event, Reply, events, make_replies, stop_place
+from omni.prompts import SETTINGS, Preparer, Request, listed
+from omni.reply import Reply, make_replies
+from omni.serving import Chat, Content, Server
 from omni.sharding import MeshConfig, ShardingRules, make_mesh
 from omni.stopping import StopStrings
+from omni.streaming import SOUND_SECONDS, Event, EventStream
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.errors import OmniError, UsageError
 
-Setting = float | Mapping[str, float]
-
 MODELS = Path(__file__).parent / "recipes" / "models"
-_TEXT_ALLOWANCE = 32  # tokens set aside for a text part when the length of a reply is not given
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to answer, and how. Settings left at None are the model's own (`generation.json`).
-
-    Attributes:
-      parts: the prompt: strings, parts, pictures, paths (see `omni.parts.as_part`).
-      want: modalities of the reply's parts, in order; None leaves them to the model.
-      seed: same seed, same reply, whatever else is in the batch.
-      max_tokens: most tokens of the reply; by default the longest picture, sound or video and 32 tokens of text for
-        each that is wanted, or the rest of the context.
-      temperature, top_k, top_p, min_p, repetition_penalty, guidance: one number, or modality -> number.
-      media_guidance: weight of the prompt's pictures, sounds and videos without its text, which `guidance` then weighs
-        against these instead of against nothing (`omni.generate.guidance_shadows`); by default as much as that.
-      constrained: whether only well-formed replies can come.
-      log_probabilities: whether the reply holds them (`Reply.log_probabilities`); a stream does not.
-      stop: strings of which the first that appears in a text of the reply ends the reply. The text is cut before it;
-        the ids go on to the token that completed it.
-      stop_tokens: ids of which the first that comes ends the reply, and is its last; within a picture, sound or video,
-        which is finished, they end nothing.
-      samples: how many replies, with the seeds seed, seed + 1, ...; the prompt is read once.
-    """
-
-    parts: Sequence[Part | str]
-    want: Sequence[str] | None = None
-    seed: int = 0
-    max_tokens: int | None = None
-    temperature: Setting | None = None
-    top_k: Setting | None = None
-    top_p: Setting | None = None
-    min_p: Setting | None = None
-    repetition_penalty: Setting | None = None
-    guidance: Setting | None = None
-    media_guidance: Setting | None = None
-    constrained: bool = True
-    log_probabilities: bool = False
-    stop: Sequence[str] = ()
-    stop_tokens: Sequence[int] = ()
-    samples: int = 1
-
-
-_NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "guidance": 1.0}
-_SETTINGS = (*_NEUTRAL, "media_guidance")
 
 
 class Model:
@@ -115,8 +68,8 @@ class Model:
         self.processor = Processor(vocabulary, grammar, tokenizers)
         self.context_length, self.mesh = context_length, mesh
         self.generation = dict(generation or {})
-        if unknown := set(self.generation) - set(_SETTINGS):
-            raise OmniError(f"generation.json: unknown setting {sorted(unknown)}; settings are {sorted(_SETTINGS)}")
+        if unknown := set(self.generation) - set(SETTINGS):
+            raise OmniError(f"generation.json: unknown setting {sorted(unknown)}; settings are {sorted(SETTINGS)}")
 
     @property
     def tokenizers(self) -> dict[str, omni_tokenizers.Tokenizer]:
@@ -208,84 +161,58 @@ class Model:
         stops = [StopStrings(request.stop) for request in requests for _ in range(request.samples)]
         return make_replies(self.processor, generated, stops)
 
-    def stream(self, parts: Sequence[Part | str], want: Sequence[str] | None = None, **settings) -> Iterator[Event]:
-        """Answers one prompt as events in order: pieces of text, whole parts, the end. Arguments as in `generate`."""
+    def stream(
+        self,
+        parts: Sequence[Part | str],
+        want: Sequence[str] | None = None,
+        *,
+        picture_rows: int = 0,
+        sound_seconds: float = SOUND_SECONDS,
+        **settings,
+    ) -> Iterator[Event]:
+        """Answers one prompt as events in order (`omni.streaming.Event`); the last one holds the whole reply.
+
+        Args:
+          picture_rows: rows of codes after which a picture is shown as far as it is drawn; 0 for whole pictures alone.
+          sound_seconds: least length of the pieces in which a causal codec gives sound; 0 for whole sounds alone.
+          parts, want, settings: as of `generate`.
+        """
         request = Request(parts, want, **settings)
-        if request.log_probabilities or request.samples != 1:
-            raise UsageError("a stream gives one reply, without log-probabilities; call generate for more")
+        if request.samples != 1:
+            raise UsageError("a stream gives one reply; call generate for several samples")
         prepared = self.prepare([request])
-        hops = self.engine.stream(prepared, hop=4)
-        return events(self.processor, (ids for hop in hops for _, ids in hop), StopStrings(request.stop))
+        shown = {"picture_rows": picture_rows, "sound_seconds": sound_seconds}
+        return self._events(prepared, EventStream(self.processor, StopStrings(request.stop), **shown))
+
+    def _events(self, prepared: list[PreparedRequest], events: EventStream) -> Iterator[Event]:
+        for hop in self.engine.stream(prepared, events.hop):
+            for progress in hop:
+                yield from events.push(progress.ids)
+                if progress.reply:
+                    yield from events.end(progress.reply)
+
+    def serve(self, slots: int, *, capacity: int | None = None, shadows: int | None = None) -> Server:
+        """A running batch that requests join at any time; see `omni.serving.Server` and `omni.generate.Engine.open`."""
+        return Server(self, slots, capacity=capacity, shadows=shadows)
+
+    def chat(self, system: Content = (), *, capacity: int | None = None) -> Chat:
+        """A conversation; see `omni.serving.Chat`."""
+        return Chat(self, system, capacity=capacity)
 
     def prepare(self, requests: Sequence[Request]) -> list[PreparedRequest]:
         """Requests as the engine takes them, each as many times as it asks for samples."""
-        documents = [[self._part(part) for part in _listed(request.parts)] for request in requests]
-        spans = self.processor.spans(documents)
-        prepared = [self._prepare(request, own) for request, own in zip(requests, spans, strict=True)]
-        return [
-            dataclasses.replace(each, seed=each.seed + sample)
-            for request, each in zip(requests, prepared, strict=True)
-            for sample in range(request.samples)
-        ]
+        return self.preparer.prepare(requests)
 
-    def _part(self, value) -> Part:
-        """What stands for a part as one; of a video file only the frames that the model sees are read."""
-        return self.processor.read(value) if isinstance(value, os.PathLike) else as_part(value)
-
-    def _prepare(self, request: Request, prompt: Sequence[Span]) -> PreparedRequest:
-        grammar = self.grammar
-        if not _is_integer(request.samples) or request.samples < 1:
-            raise UsageError(f"samples is {request.samples!r}; it must be a whole number, at least 1")
-        if isinstance(request.stop_tokens, str) or not all(map(_is_integer, request.stop_tokens)):
-            raise UsageError(f"stop_tokens is a list of ids, not {request.stop_tokens!r}")
-        stop = StopStrings(request.stop)
-        settings = {name: self._setting(request, name, neutral) for name, neutral in _NEUTRAL.items()}
-        guidance = settings["guidance"]
-        prompts = [prompt, [span for span in prompt if span.modality != "text"], []]
-        ids, media, nothing = (grammar.prompt(spans) for spans in prompts)
-        want = wanted_modalities(grammar, request.want)
-        return PreparedRequest(
-            ids=ids,
-            max_tokens=self._reply_length(want, len(ids)) if request.max_tokens is None else request.max_tokens,
-            temperature=settings["temperature"],
-            top_k=settings["top_k"].astype(np.int32),
-            top_p=settings["top_p"],
-            min_p=settings["min_p"],
-            repetition_penalty=settings["repetition_penalty"],
-            want=want,
-            seed=request.seed,
-            constrained=request.constrained,
-            log_probabilities=request.log_probabilities,
-            stop_tokens=tuple(request.stop_tokens),
-            stop=functools.partial(stop_place, self.processor, stop) if stop.strings else None,
-            shadows=guidance_shadows(ids, media, nothing, guidance, self._setting(request, "media_guidance", guidance)),
-        )
-
-    def _setting(
-        self, request: Request, name: str, default: float | Float[np.ndarray, " modalities"]
-    ) -> Float[np.ndarray, " modalities"]:
-        """A setting by modality: the request's own, else the model's, else the default."""
-        own, chosen = self.generation.get(name, {}), getattr(request, name)
-        if isinstance(chosen, Mapping):
-            chosen = {**own, **chosen}
-        return per_modality(self.grammar, own if chosen is None else chosen, default, name)
-
-    def _reply_length(self, want: tuple[int, ...] | None, prompt_length: int) -> int:
-        room = self.context_length - prompt_length
-        if room < (1 if want is None else int(self.grammar.tables.minimum[list(want)].sum()) + 1):
-            raise OmniError(
-                f"the prompt has {prompt_length} tokens, the model reads at most {self.context_length} with its reply"
-            )
-        if want is None:
-            return room
-        longest = [_TEXT_ALLOWANCE, *(max(layout.by_length) for layout in self.grammar.layouts.values())]
-        return min(room, sum(longest[modality] for modality in want) + 1)
+    @functools.cached_property
+    def preparer(self) -> Preparer:
+        """What makes prepared requests of requests."""
+        return Preparer(self.processor, self.context_length, self.generation)
 
     # The pieces
 
     def encode(self, parts: Sequence[Part | str]) -> Int[np.ndarray, " tokens"]:
         """Ids of a whole document; parts marked `context` come before the turn."""
-        return self.processor.tokens([self._part(part) for part in _listed(parts)]).ids
+        return self.processor.tokens([self.processor.part(part) for part in listed(parts)]).ids
 
     def decode(self, ids: Int[np.ndarray, " tokens"]) -> list[Part]:
         """Parts of a document's ids; `GrammarError` where they are not one."""
@@ -357,16 +284,6 @@ def load(
     return Model(**vars(load_checkpoint(directory, devices, dtype, torch_reader)), mesh=devices)
 
 
-def _is_integer(value) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _listed(parts) -> Sequence:
-    if isinstance(parts, (str, bytes)) or not isinstance(parts, Sequence):
-        raise UsageError(f"a prompt is a list of parts, not {type(parts).__name__}: write ['seven']")
-    return parts
-
-
 def _read_json(path: epath.Path) -> dict:
     try:
         data = json.loads(path.read_text())
@@ -383,4 +300,4 @@ def _write_json(path: epath.Path, data: dict) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-__all__ = ["Model", "Request", "load"]
+__all__ = ["Model", "load"]

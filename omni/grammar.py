@@ -4,7 +4,8 @@ From one JSON declaration (see `Grammar`) come the packer (`pack`), the parser (
 column) position of each token, and the decoding state machine (`tables`): which ids may follow, what state they lead
 to, and how many tokens an open span still needs. No other file knows what a span looks like.
 
-A document is `bos, context parts, turn, target parts, eos`. The state machine is a trie of all the token runs that the
+A document is `bos, context parts, turn, target parts, eos`; in a chat, more turns follow, and all before the last one
+is context. The state machine is a trie of all the token runs that the
 layouts allow, over *classes* of ids: ids that no rule tells apart share a class, so its tables stay small whatever the
 vocabulary.
 """
@@ -16,13 +17,13 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from omni.automaton import GrammarTables, compile_tables
-from omni.layout import ROLES, SpanLayout
+from omni.layout import ROLES, SpanLayout, Template
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.errors import OmniError
 
@@ -133,8 +134,14 @@ class Grammar:
 
     def prompt(self, spans: Sequence[Span]) -> Int[np.ndarray, " tokens"]:
         """Ids of `bos, spans, turn`: what the model reads before it answers."""
-        pieces = [self.span_ids(span) for span in spans]
-        return np.concatenate([[self.control["bos"]], *pieces, [self.control["turn"]]]).astype(np.int32)
+        return self.conversation([spans])
+
+    def conversation(self, messages: Sequence[Sequence[Span]]) -> Int[np.ndarray, " tokens"]:
+        """Ids of `bos, spans, turn, spans, turn, ...`: what two sides said in turns, before the next one answers."""
+        pieces = [[self.control["bos"]]]
+        for message in messages:
+            pieces += [*map(self.span_ids, message), [self.control["turn"]]]
+        return np.concatenate(pieces).astype(np.int32)
 
     def pack(self, spans: Sequence[Span]) -> Tokens:
         """A whole document; spans marked as context come first. `OmniError` if they do not."""
@@ -210,13 +217,44 @@ class Grammar:
                     raise GrammarError(f"token {place + 1}: something follows the end of the document", spans)
                 break
             if token == self.control["turn"]:
-                if not context:
-                    raise GrammarError(f"token {place}: a second turn", spans)
+                spans = [replace(span, context=True) for span in spans]
                 context, place = False, place + 1
                 continue
             span, place = self._parse_span(ids, place, context, spans)
             spans.append(span)
         return spans
+
+    def begun(self, ids: Int[np.ndarray, " tokens"]) -> Span | None:
+        """The span that ids leave open, with -1 in place of the codes to come; None if none is.
+
+        Its size is the smallest that it can still have. Ids that are no document's beginning leave nothing open.
+        """
+        try:
+            states = self.annotate(ids)
+        except GrammarError:
+            return None
+        tables, last = self.tables, states[-1]
+        if tables.top[last] or last == tables.end:
+            return None
+        layout = self.layouts[self.modalities[tables.modality[last]]]
+        own = np.asarray(ids)[len(ids) - 1 - tables.offset[last] :]
+        shape = next(
+            shape
+            for shape in layout.by_length[len(own) + int(tables.cost[last])]
+            if self._agrees(own, layout.template(*shape.size))
+        )
+        template = layout.template(*shape.size)
+        places = tuple(each[: np.count_nonzero(template.is_code[: len(own)])] for each in template.places)
+        found = own[template.is_code[: len(own)]]
+        codes = np.full((len(layout.codebooks), *shape.grid), -1, np.int32)
+        per_level = np.stack([self.vocabulary.to_codes(block, found) for block in layout.codebooks])
+        codes[places] = per_level[places[0], np.arange(len(found))]
+        return Span(layout.name, codes.reshape(len(codes), *shape.size))
+
+    def _agrees(self, run: Int[np.ndarray, " tokens"], template: Template) -> bool:
+        """Whether the fixed tokens of a template are those of its first ids."""
+        fixed = template.fixed[: len(run)]
+        return np.array_equal(run[fixed >= 0], fixed[fixed >= 0])
 
     def _parse_span(self, ids, place: int, context: bool, spans: list[Span]) -> tuple[Span, int]:
         text = self.vocabulary.to_codes(self.text_block, ids[place:])

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from omni.grammar import Grammar, Span, Tokens
-from omni.parts import Audio, Image, Part, Text, Video, read_part
+from omni.parts import Audio, Image, Part, Text, Video, as_part, read_part
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.codes import Codes
 from omni_tokenizers.errors import OmniError
@@ -65,6 +65,10 @@ class Processor:
         if self.grammar.layouts.get("video") is None:
             return read_part(path)
         return read_part(path, self.frame_rate, self.most_frames)
+
+    def part(self, value) -> Part:
+        """What stands for a part as one (see `as_part`); a file is read as `read` does."""
+        return self.read(value) if isinstance(value, os.PathLike) else as_part(value)
 
     # Parts to ids
 

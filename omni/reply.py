@@ -1,4 +1,4 @@
-"""What a model gives back: ordered parts, or events while they come."""
+"""What a model gives back: ordered parts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import html
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,23 +105,6 @@ def _part_html(part: Part) -> str:
     return html.escape(part.text) if isinstance(part, Text) else part._repr_html_()
 
 
-@dataclass(frozen=True)
-class Event:
-    """Something that happened while a reply came.
-
-    Attributes:
-      kind: "text" (a piece of text), "part" (a part is whole) or "end".
-      index: which part of the reply; at the end, the number of parts.
-      text: the piece of text.
-      part: the whole part.
-    """
-
-    kind: str
-    index: int
-    text: str = ""
-    part: Part | None = None
-
-
 def _listed(index: Path) -> list[str]:
     """The files of a reply that was saved before; none if there is no index, an `OmniError` if it is no reply's."""
     if not index.exists():
@@ -148,14 +131,15 @@ def make_replies(
             formed.append(False)
     parts = processor.parts(spans)
     if stops is not None:
-        parts = [[_cut(part, stop) for part in reply] for reply, stop in zip(parts, stops, strict=True)]
+        parts = [[cut(part, stop) for part in reply] for reply, stop in zip(parts, stops, strict=True)]
     return [
         Reply(list(own_parts), reply.ids, list(own), ok, reply.log_probabilities)
         for own_parts, own, reply, ok in zip(parts, spans, generated, formed, strict=True)
     ]
 
 
-def _cut(part: Part, stop: StopStrings) -> Part:
+def cut(part: Part, stop: StopStrings) -> Part:
+    """The part; of a text what stands before a string that ends it."""
     return dataclasses.replace(part, text=stop.cut(part.text)) if isinstance(part, Text) else part
 
 
@@ -163,7 +147,7 @@ def stop_place(processor: Processor, stop: StopStrings, ids: Int[np.ndarray, " t
     """How many of a reply's ids there are until one of its texts holds a stop string; None if none does."""
     grammar, tokenizer = processor.grammar, processor.tokenizer("text")
     place = 0
-    for span in _spans_so_far(grammar, ids)[0]:
+    for span in spans_so_far(grammar, ids)[0]:
         length = len(grammar.span_ids(span))
         if span.modality == "text" and stop.found(tokenizer.decode(span.codes)):
             return place + next(n for n in range(1, length + 1) if stop.found(tokenizer.decode(span.codes[:n])))
@@ -176,43 +160,8 @@ def reply_spans(grammar: Grammar, ids: Int[np.ndarray, " tokens"]) -> list[Span]
     return grammar.parse(np.concatenate([[grammar.control["bos"], grammar.control["turn"]], ids]).astype(np.int32))
 
 
-def events(
-    processor: Processor, increments: Iterator[Int[np.ndarray, " tokens"]], stop: StopStrings | None = None
-) -> Iterator[Event]:
-    """Events of one reply from the ids as they come: text in pieces, other parts whole, in order.
-
-    Text comes up to the string that ends it; what may become one is held back until it is known.
-    """
-    grammar, stop = processor.grammar, stop or StopStrings()
-    ids = np.zeros(0, np.int32)
-    announced, shown = 0, ""
-    for new in increments:
-        ids = np.concatenate([ids, new])
-        spans, open_text = _spans_so_far(grammar, ids)
-        for index in range(announced, len(spans)):
-            part = _cut(processor.parts([[spans[index]]])[0][0], stop)
-            still_open = open_text and index == len(spans) - 1
-            if isinstance(part, Text):
-                # Bytes of a character may still be missing at the end of what has come.
-                whole = stop.settled(part.text.rstrip("\ufffd")) if still_open else part.text
-                if still_open and not whole.startswith(shown):  # a tokenizer may take back more than the last character
-                    continue
-                if whole[len(shown) :]:
-                    yield Event("text", index, text=whole[len(shown) :])
-                shown = whole if still_open else ""
-            if not still_open:
-                yield Event("part", index, part=part)
-        announced = len(spans) - open_text
-    if announced < len(spans):  # the reply ended in text
-        part = _cut(processor.parts([[spans[-1]]])[0][0], stop)
-        if part.text[len(shown) :]:
-            yield Event("text", announced, text=part.text[len(shown) :])
-        yield Event("part", announced, part=part)
-    yield Event("end", len(spans))
-
-
-def _spans_so_far(grammar: Grammar, ids: Int[np.ndarray, " tokens"]) -> tuple[list[Span], bool]:
-    """The spans that are whole, and whether the last of them is text that may go on."""
+def spans_so_far(grammar: Grammar, ids: Int[np.ndarray, " tokens"]) -> tuple[list[Span], bool]:
+    """The spans of a reply that are whole, and whether the last of them is text that may go on."""
     try:
         spans = reply_spans(grammar, ids)
     except GrammarError as error:  # a span is still open, and the text before it has ended

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import omni
-from omni.bundle import Request
+from omni.prompts import Request
 from omni.stopping import StopStrings
 from omni_tokenizers.errors import OmniError, UsageError
 
@@ -58,7 +58,7 @@ def test_another_prompt_of_the_same_padded_length_needs_no_compilation(tiny_mode
     for word in ("seven", "draw seven", "say seven, then draw it"):
         tiny_model.generate([word], seed=1)
         if word == "seven":
-            compiled = {name: tiny_model.engine.counts[name] for name in ("prefill", "advance")}
+            compiled = {name: tiny_model.engine.counts[name] for name in ("read_prompts", "advance")}
     assert {name: tiny_model.engine.counts[name] for name in compiled} == compiled
 
 
@@ -89,15 +89,17 @@ def test_media_guidance_drops_the_texts_of_the_prompt(tiny_model):
 
 
 def test_log_probabilities_on_request(tiny_model):
-    """One for each token of the reply, none unless asked for, and not of a stream."""
+    """One for each token of the reply, none unless asked for; a stream's reply has them, too."""
     asked, plain = (tiny_model.generate(["seven"], ["image"], seed=1, log_probabilities=ask) for ask in (True, False))
     np.testing.assert_array_equal(asked.ids, plain.ids)
     assert plain.log_probabilities is None and asked.log_probabilities.shape == asked.ids.shape
     assert (
         asked.log_probabilities[0] == 0 and asked.log_probabilities[1:5].max() < 0
     )  # the only one admitted, and codes
-    with pytest.raises(UsageError, match="without log-probabilities"):
-        tiny_model.stream(["seven"], log_probabilities=True)
+    *_, end = tiny_model.stream(["seven"], ["image"], seed=1, log_probabilities=True)
+    np.testing.assert_allclose(end.reply.log_probabilities, asked.log_probabilities, atol=1e-5)
+    with pytest.raises(UsageError, match="one reply"):
+        tiny_model.stream(["seven"], samples=2)
 
 
 def test_a_stop_string_ends_the_text_before_it(tiny_model):

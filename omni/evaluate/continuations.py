@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from omni.bundle import Model, Request
+from omni.bundle import Model
 from omni.data.sources import Samples
 from omni.evaluate.data import seed_of
 from omni.evaluate.documents import Direction
@@ -16,6 +16,7 @@ from omni.evaluate.replies import Progress, answers
 from omni.evaluate.settings import DocumentSettings
 from omni.grammar import Span
 from omni.pages import described
+from omni.prompts import Request
 from omni.reply import Reply, reply_spans
 
 

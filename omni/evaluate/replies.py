@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from omni.bundle import Model, Request
+from omni.bundle import Model
 from omni.evaluate.data import seed_of
 from omni.evaluate.settings import EvaluationSettings
 from omni.parts import Part
+from omni.prompts import Request
 from omni.reply import Reply
 
 Progress = Callable[[int], None]

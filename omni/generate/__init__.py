@@ -10,12 +10,15 @@ from omni.generate.requests import (
     unconditional_shadow,
     wanted_modalities,
 )
+from omni.generate.slots import Progress, Slots
 
 __all__ = [
     "Engine",
     "Generated",
     "PreparedRequest",
+    "Progress",
     "Shadow",
+    "Slots",
     "guidance_shadows",
     "per_modality",
     "unconditional_shadow",

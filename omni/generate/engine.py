@@ -7,6 +7,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from omni.generate.loop import Cache, Settings, State, advance, copy_rows, enter, read_prompts
 from omni.generate.requests import Generated, PreparedRequest, check_request, useful_shadows
 from omni.generate.rules import make_rules
-from omni.generate.slots import Columns, Slots, power_of_two
+from omni.generate.slots import Columns, Progress, Slots, power_of_two
 from omni.grammar import Grammar
 from omni.model import CACHE_AXES, Decoder, TransformerConfig, init_cache
 from omni.sharding import ShardingRules, activations_on, constrain, named_sharding, spread
@@ -88,15 +89,12 @@ class Engine:
                     replies[order[progress.number]] = progress.reply
         return replies
 
-    def stream(
-        self, requests: Sequence[PreparedRequest], hop: int = 16
-    ) -> Iterator[list[tuple[int, Int[np.ndarray, " tokens"]]]]:
-        """Lists of (request, its new ids): after at most `hop` tokens, and whenever a part has ended."""
+    def stream(self, requests: Sequence[PreparedRequest], hop: int = 16) -> Iterator[list[Progress]]:
+        """What is new, by the numbers of the requests: after at most `hop` tokens, and whenever a part has ended."""
         slots, order = self._lined_up(requests)
         while slots.busy:
-            new = [(order[each.number], each.ids) for each in slots.step(hop, parts=True) if len(each.ids)]
-            if new:
-                yield sorted(new, key=lambda increment: increment[0])
+            if found := [replace(each, number=order[each.number]) for each in slots.step(hop, parts=True)]:
+                yield sorted(found, key=lambda progress: progress.number)
 
     def open(self, slots: int, *, capacity: int | None = None, shadows: int | None = None) -> Slots:
         """A batch that requests may join at any time (`Slots.add`) and that answers them step by step (`Slots.step`).

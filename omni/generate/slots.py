@@ -80,6 +80,7 @@ class _Occupant:
     prompts: list[Int[np.ndarray, " tokens"]]
     unread: int = 0
     running: bool = False
+    cancelled: bool = False
     given: int = 0
     """Tokens of the reply that were given out."""
 
@@ -162,6 +163,19 @@ class Slots:
         self._enter([])
         if not self.busy:
             self._state = self._engine.run_loop(self._settings, self._state, 1, NOTHING)
+
+    def cancel(self, number: int) -> None:
+        """Drops a request that waits or is being answered; of one that has ended nothing is left to drop."""
+        self._waiting = deque(each for each in self._waiting if each[0] != number)
+        for slot, occupant in enumerate(self._occupants):
+            if occupant and occupant.number == number and not occupant.running:
+                occupant.cancelled = True  # others may wait for what it reads
+            elif occupant and occupant.number == number:
+                done = np.array(self._state.done)
+                done[slot] = True
+                emitted = np.array(self._state.tokens)[slot, : np.array(self._state.count)[slot]]
+                self._state = replace(self._state, done=done)
+                self._leave(slot, occupant, emitted)
 
     def step(self, hop: int | None = None, *, parts: bool = False) -> list[Progress]:
         """Goes on until a request ends that another one waits for, or all have ended; returns what came until then.
@@ -251,7 +265,11 @@ class Slots:
                 self._held[row] = reading.ids
             for occupant in reading.occupants:
                 occupant.unread -= 1
-        if ready := [each for each in self._occupants if each and not each.running and not each.unread]:
+        ready = [each for each in self._occupants if each and not each.running and not each.unread]
+        for occupant in ready:
+            if occupant.cancelled:
+                self._leave(occupant.rows[0], occupant, np.zeros(0, np.int32))
+        if ready := [each for each in ready if not each.cancelled]:
             self._enter(ready)
 
     def _read_pieces(self, readings: Sequence[_Reading], size: int) -> None:

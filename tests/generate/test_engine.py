@@ -178,8 +178,8 @@ def test_a_stream_stops_where_generate_does(grammar, engine, hop):
     requests = stopping_requests(grammar)
     joined = {i: [] for i in range(len(requests))}
     for increments in engine.stream(requests, hop):
-        for i, ids in increments:
-            joined[i] += ids.tolist()
+        for progress in increments:
+            joined[progress.number] += progress.ids.tolist()
     assert list(joined.values()) == [reply.ids.tolist() for reply in engine.generate(requests)]
 
 
@@ -330,7 +330,7 @@ def test_stream_gives_what_generate_gives(grammar, engine, hop):
     closing = {grammar.vocabulary.token(name) for name in ("</image>", "</audio>")}
     for increments in engine.stream(requests, hop):
         assert increments
-        for i, ids in increments:
+        for i, ids in ((progress.number, progress.ids) for progress in increments):
             joined[i] += ids.tolist()
             assert 0 < len(ids) <= hop
             if requests[i].constrained:  # elsewhere the token may stand where it closes nothing

@@ -1,0 +1,170 @@
+"""What a model is asked, and how it becomes ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from omni.generate import PreparedRequest, guidance_shadows, per_modality, wanted_modalities
+from omni.grammar import Span
+from omni.messages import Message, are_messages, read_messages
+from omni.parts import Part
+from omni.processor import Processor
+from omni.reply import stop_place
+from omni.stopping import StopStrings
+from omni_tokenizers.errors import OmniError, UsageError
+
+Setting = float | Mapping[str, float]
+
+_TEXT_ALLOWANCE = 32  # tokens set aside for a text part when the length of a reply is not given
+_NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "guidance": 1.0}
+SETTINGS = (*_NEUTRAL, "media_guidance")
+"""Names of the settings that a model may have defaults for."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to answer, and how. Settings left at None are the model's own (`generation.json`).
+
+    Attributes:
+      parts: the prompt: strings, parts, pictures, paths (see `omni.parts.as_part`); or the messages of a chat (see
+        `omni.messages.read_messages`), which the reply answers.
+      want: modalities of the reply's parts, in order; None leaves them to the model.
+      seed: same seed, same reply, whatever else is in the batch.
+      max_tokens: most tokens of the reply; by default the longest picture, sound or video and 32 tokens of text for
+        each that is wanted, or the rest of the context.
+      temperature, top_k, top_p, min_p, repetition_penalty, guidance: one number, or modality -> number.
+      media_guidance: weight of the prompt's pictures, sounds and videos without its text, which `guidance` then weighs
+        against these instead of against nothing (`omni.generate.guidance_shadows`); by default as much as that.
+      constrained: whether only well-formed replies can come.
+      log_probabilities: whether the reply holds them (`Reply.log_probabilities`).
+      stop: strings of which the first that appears in a text of the reply ends the reply. The text is cut before it;
+        the ids go on to the token that completed it.
+      stop_tokens: ids of which the first that comes ends the reply, and is its last; within a picture, sound or video,
+        which is finished, they end nothing.
+      samples: how many replies, with the seeds seed, seed + 1, ...; the prompt is read once.
+    """
+
+    parts: Sequence[Part | str] | Sequence[Message | Mapping]
+    want: Sequence[str] | None = None
+    seed: int = 0
+    max_tokens: int | None = None
+    temperature: Setting | None = None
+    top_k: Setting | None = None
+    top_p: Setting | None = None
+    min_p: Setting | None = None
+    repetition_penalty: Setting | None = None
+    guidance: Setting | None = None
+    media_guidance: Setting | None = None
+    constrained: bool = True
+    log_probabilities: bool = False
+    stop: Sequence[str] = ()
+    stop_tokens: Sequence[int] = ()
+    samples: int = 1
+
+
+class Preparer:
+    """Makes of requests what the engine takes."""
+
+    def __init__(
+        self, processor: Processor, context_length: int, generation: Mapping[str, Mapping[str, float]] | None = None
+    ):
+        """Of a model with this context and these defaults, name of a setting -> modality -> value."""
+        self.processor, self.grammar = processor, processor.grammar
+        self.context_length, self.generation = context_length, dict(generation or {})
+
+    def prepare(self, requests: Sequence[Request]) -> list[PreparedRequest]:
+        """Each request as many times as it asks for samples.
+
+        Raises:
+          UsageError: for a wrong argument.
+          OmniError: for a prompt that the model cannot read.
+        """
+        prepared = []
+        for request, messages in zip(requests, self.spans(requests), strict=True):
+            each = self.prepared(request, messages)
+            prepared += [dataclasses.replace(each, seed=each.seed + sample) for sample in range(request.samples)]
+        return prepared
+
+    def spans(self, requests: Sequence[Request]) -> list[list[list[Span]]]:
+        """The codes of each message of each request; errors as of `prepare`."""
+        conversations = [self._messages(request.parts) for request in requests]
+        spans = iter(self.processor.spans([parts for messages in conversations for parts in messages]))
+        return [[next(spans) for _ in messages] for messages in conversations]
+
+    def _messages(self, prompt: Sequence) -> list[list[Part]]:
+        """The parts of each message of a prompt, those of a system message before the first user's; of a prompt that is
+        no chat, its parts as the only message."""
+        if not are_messages(prompt):
+            return [[self.processor.part(part) for part in listed(prompt)]]
+        messages = read_messages(prompt, self.processor.part)
+        said = [list(message.parts) for message in messages]
+        return [said[0] + said[1], *said[2:]] if messages[0].role == "system" else said
+
+    def prepared(self, request: Request, messages: Sequence[Sequence[Span]]) -> PreparedRequest:
+        """A request whose prompt these messages are; errors as of `prepare`."""
+        grammar = self.grammar
+        if not _is_integer(request.samples) or request.samples < 1:
+            raise UsageError(f"samples is {request.samples!r}; it must be a whole number, at least 1")
+        if isinstance(request.stop_tokens, str) or not all(map(_is_integer, request.stop_tokens)):
+            raise UsageError(f"stop_tokens is a list of ids, not {request.stop_tokens!r}")
+        stop = StopStrings(request.stop)
+        settings = {name: self._setting(request, name, neutral) for name, neutral in _NEUTRAL.items()}
+        guidance = settings["guidance"]
+        without_text = [[span for span in message if span.modality != "text"] for message in messages]
+        if not any(without_text):
+            without_text = [[]]
+        ids, media, nothing = (grammar.conversation(each) for each in (messages, without_text, [[]]))
+        want = wanted_modalities(grammar, request.want)
+        return PreparedRequest(
+            ids=ids,
+            max_tokens=self._reply_length(want, len(ids)) if request.max_tokens is None else request.max_tokens,
+            temperature=settings["temperature"],
+            top_k=settings["top_k"].astype(np.int32),
+            top_p=settings["top_p"],
+            min_p=settings["min_p"],
+            repetition_penalty=settings["repetition_penalty"],
+            want=want,
+            seed=request.seed,
+            constrained=request.constrained,
+            log_probabilities=request.log_probabilities,
+            stop_tokens=tuple(request.stop_tokens),
+            stop=functools.partial(stop_place, self.processor, stop) if stop.strings else None,
+            shadows=guidance_shadows(ids, media, nothing, guidance, self._setting(request, "media_guidance", guidance)),
+        )
+
+    def _setting(
+        self, request: Request, name: str, default: float | Float[np.ndarray, " modalities"]
+    ) -> Float[np.ndarray, " modalities"]:
+        """A setting by modality: the request's own, else the model's, else the default."""
+        own, chosen = self.generation.get(name, {}), getattr(request, name)
+        if isinstance(chosen, Mapping):
+            chosen = {**own, **chosen}
+        return per_modality(self.grammar, own if chosen is None else chosen, default, name)
+
+    def _reply_length(self, want: tuple[int, ...] | None, prompt_length: int) -> int:
+        room = self.context_length - prompt_length
+        if room < (1 if want is None else int(self.grammar.tables.minimum[list(want)].sum()) + 1):
+            raise OmniError(
+                f"the prompt has {prompt_length} tokens, the model reads at most {self.context_length} with its reply"
+            )
+        if want is None:
+            return room
+        longest = [_TEXT_ALLOWANCE, *(max(layout.by_length) for layout in self.grammar.layouts.values())]
+        return min(room, sum(longest[modality] for modality in want) + 1)
+
+
+def listed(parts: Sequence) -> Sequence:
+    """A prompt that is a list of parts; `UsageError` for a string or anything else."""
+    if isinstance(parts, (str, bytes)) or not isinstance(parts, Sequence):
+        raise UsageError(f"a prompt is a list of parts, not {type(parts).__name__}: write ['seven']")
+    return parts
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -1,0 +1,173 @@
+"""A reply while it comes: text in pieces, pictures by rows, sound by chunks, and every part once it is whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+from omni.generate import Generated
+from omni.grammar import Span
+from omni.parts import Audio, Image, Part, Text
+from omni.processor import Processor
+from omni.reply import Reply, cut, spans_so_far
+from omni.stopping import StopStrings
+from omni_tokenizers.errors import UsageError
+from omni_tokenizers.streaming import StreamDecoder, StreamingCodec
+
+SOUND_SECONDS = 0.25
+HOP = 4  # tokens that come at once, at most
+
+
+@dataclass(frozen=True, eq=False)
+class Event:
+    """Something that happened while a reply came.
+
+    Attributes:
+      kind: "text" (a piece of text), "rows" (the first rows of a picture that is being drawn), "sound" (the next piece
+        of a sound), "part" (a part is whole) or "end" (the reply is).
+      index: which part of the reply; at the end, the number of parts.
+      text: the piece of text.
+      part: the whole part, the picture as far as it is drawn, or the piece of sound.
+      reply: the whole reply, at its end.
+    """
+
+    kind: str
+    index: int
+    text: str = ""
+    part: Part | None = None
+    reply: Reply | None = None
+
+
+class EventStream:
+    """Turns the ids of one reply, as they come, into events in order.
+
+    Pieces of sound come from codecs that are causal; together they are the whole sound (within what float32 rounds).
+    A picture's rows are what the decoder makes of the rows of codes so far, with the last of them repeated below: where
+    it looks beyond a row, as convolutions and attention do, pixels still change until the picture is whole.
+    """
+
+    def __init__(
+        self,
+        processor: Processor,
+        stop: StopStrings | None = None,
+        *,
+        picture_rows: int = 0,
+        sound_seconds: float = SOUND_SECONDS,
+    ):
+        """A stream of a reply that has not begun.
+
+        Args:
+          stop: strings that end the reply's text; what may become one is held back until it is known.
+          picture_rows: rows of codes after which a picture is shown; 0 for whole pictures alone.
+          sound_seconds: least length of a piece of sound; 0 for whole sounds alone.
+        """
+        if not (_is_count(picture_rows) and 0 <= sound_seconds < math.inf):
+            raise UsageError(
+                f"picture_rows is a whole number, 0 for none, and sound_seconds a time, not {picture_rows!r} and "
+                f"{sound_seconds!r}"
+            )
+        self._processor, self._grammar, self._stop = processor, processor.grammar, stop or StopStrings()
+        self._picture_rows = picture_rows
+        self._decoder = _sound_decoder(processor, sound_seconds)
+        self._ids = np.zeros(0, np.int32)
+        self._parts: list[Part] = []
+        self._shown = ""  # of the text that is open
+        self._sent = 0  # rows or frames of the span that is open
+
+    @property
+    def hop(self) -> int:
+        """Tokens after which to push: few, and so that a piece of sound waits for less than half of another one."""
+        pieces = self._decoder and self._decoder.frames * self._decoder.codebooks
+        return max(1, min(HOP, pieces // 2)) if pieces else HOP
+
+    def push(self, ids: Int[np.ndarray, " tokens"]) -> Iterator[Event]:
+        """The events of the reply's next ids."""
+        self._ids = np.concatenate([self._ids, ids])
+        spans, open_text = spans_so_far(self._grammar, self._ids)
+        yield from self._whole(spans[: len(spans) - open_text])
+        if open_text:
+            yield from self._text(spans[-1])
+        elif begun := self._grammar.begun(self._document()):
+            yield from self._begun(begun)
+
+    def end(self, reply: Generated) -> Iterator[Event]:
+        """The events at the end of the reply; all its ids were pushed."""
+        spans, _ = spans_so_far(self._grammar, self._ids)
+        yield from self._whole(spans)
+        whole = Reply(self._parts, self._ids, spans, reply.well_formed, reply.log_probabilities)
+        yield Event("end", len(spans), reply=whole)
+
+    def _document(self) -> Int[np.ndarray, " tokens"]:
+        control = self._grammar.control
+        return np.concatenate([[control["bos"], control["turn"]], self._ids]).astype(np.int32)
+
+    def _whole(self, spans: list[Span]) -> Iterator[Event]:
+        """Parts that have become whole, with what of them was not given in pieces."""
+        for index in range(len(self._parts), len(spans)):
+            span = spans[index]
+            part = cut(self._processor.parts([[span]])[0][0], self._stop)
+            if isinstance(part, Text) and part.text[len(self._shown) :]:
+                yield Event("text", index, text=part.text[len(self._shown) :])
+            if isinstance(part, Audio) and self._decoder:
+                yield from self._sound(span.codes[:, 0], ended=True)
+            self._parts.append(part)
+            self._shown, self._sent = "", 0
+            yield Event("part", index, part=part)
+
+    def _text(self, span: Span) -> Iterator[Event]:
+        """What is new of a text that may go on."""
+        text = self._processor.parts([[span]])[0][0].text
+        # Bytes of a character may still be missing at the end of what has come.
+        text = self._stop.settled(self._stop.cut(text).rstrip("\ufffd"))
+        # A tokenizer may take back more than the last character.
+        if text.startswith(self._shown) and len(text) > len(self._shown):
+            yield Event("text", len(self._parts), text=text[len(self._shown) :])
+            self._shown = text
+
+    def _begun(self, span: Span) -> Iterator[Event]:
+        """What is new of a picture or a sound that has begun."""
+        if span.modality == "audio" and self._decoder:
+            whole = (span.codes[:, 0] >= 0).all(axis=0)
+            frames = len(whole) if whole.all() else int(np.argmin(whole))
+            yield from self._sound(span.codes[:, 0, :frames])
+        if span.modality == "image" and self._picture_rows:
+            whole = (span.codes[0] >= 0).all(axis=-1)
+            rows = int(np.argmin(whole))  # the last one cannot be whole: then the picture would be
+            if rows >= self._sent + self._picture_rows:
+                self._sent = rows
+                yield Event("rows", len(self._parts), part=self._picture(span, rows))
+
+    def _sound(self, codes: Int[np.ndarray, "codebooks frames"], ended: bool = False) -> Iterator[Event]:
+        """The next pieces of a sound, whose codes so far these are."""
+        if not self._sent:
+            self._decoder.reset()
+        samples = self._decoder.push([codes[:, self._sent :]])[0]
+        self._sent = codes.shape[1]
+        if ended:
+            samples = np.concatenate([samples, self._decoder.finish()], axis=1)
+        if samples.size:
+            rate = self._decoder.tokenizer.sample_rate
+            yield Event("sound", len(self._parts), part=Audio(samples, rate))
+
+    def _picture(self, span: Span, rows: int) -> Image:
+        known = np.minimum(np.arange(span.codes.shape[1]), rows - 1)
+        codes = span.codes[:, known]
+        picture = self._processor.parts([[dataclasses.replace(span, codes=codes)]])[0][0]
+        return Image(picture.pixels[: picture.pixels.shape[0] * rows // codes.shape[1]])
+
+
+def _sound_decoder(processor: Processor, seconds: float) -> StreamDecoder | None:
+    """What decodes sound in pieces; None where the model makes none, or its codec is not causal."""
+    codec = processor.tokenizers.get("audio")
+    if not seconds or not isinstance(codec, StreamingCodec) or codec.obstacle is not None:
+        return None
+    return codec.stream(frames=max(1, math.ceil(seconds * codec.sample_rate / codec.samples_per_frame))).decoder
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,0 +1,118 @@
+"""Requests that arrive while others are answered, and turns of a chat."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import omni
+from omni.prompts import Request
+from omni_tokenizers.errors import OmniError, UsageError
+
+PICTURE = np.full((8, 8, 3), 90, np.uint8)
+SETTINGS = {"temperature": 1.0, "max_tokens": 16}
+
+
+def requests(n: int) -> list[Request]:
+    wants = [["image"], ["text"], ["text", "audio"], ["audio", "image"]]
+    return [Request(["seven"] * (1 + i % 2), wants[i % 4], seed=i, **SETTINGS) for i in range(n)]
+
+
+def test_a_server_answers_each_as_alone_while_others_arrive(tiny_model):
+    """Ten through two slots, one arriving at every other step; events of each are in order and end with its reply."""
+    server, waiting = tiny_model.serve(2), requests(10)
+    server.warm_up(waiting)
+    events: dict[int, list] = {}
+    steps = 0
+    while waiting or server.busy:
+        if steps % 2 == 0 and waiting:
+            assert server.add(waiting.pop(0)) == len(events)
+            events[len(events)] = []
+        for number, event in server.step():
+            events[number].append(event)
+        steps += 1
+    for number, request in enumerate(requests(10)):
+        alone = tiny_model.generate_batch([request])[0]
+        assert events[number][-1].kind == "end"
+        np.testing.assert_array_equal(events[number][-1].reply.ids, alone.ids)
+        assert [event.index for event in events[number]] == sorted(event.index for event in events[number])
+
+
+def test_what_is_cancelled_is_heard_of_no_more_and_disturbs_nobody(tiny_model):
+    """One that waits, one that is being answered, and one that ended long ago; their slots serve others."""
+    server, asked = tiny_model.serve(1), requests(3)
+    numbers = [server.add(request) for request in asked]
+    server.cancel(numbers[1])
+    events = server.step()
+    server.cancel(numbers[0])
+    while server.busy:
+        events += server.step()
+    assert {number for number, _ in events} <= {numbers[0], numbers[2]}
+    np.testing.assert_array_equal(events[-1][1].reply.ids, tiny_model.generate_batch([asked[2]])[0].ids)
+    server.cancel(numbers[0])
+    with pytest.raises(UsageError, match="one reply"):
+        server.add(dataclasses.replace(asked[0], samples=2))
+
+
+def test_a_chat_is_what_its_messages_are(tiny_model):
+    """Each turn's reply is the one that the whole conversation, given as messages, gets; nothing is read twice."""
+    chat, counts = tiny_model.chat("be brief"), tiny_model.engine.counts
+    settings = {"guidance": 1.0, "max_tokens": 12, "temperature": 0.9}
+    first = chat.send(["seven", PICTURE], want=["text", "image"], seed=1, **settings)
+    before = counts["read"]
+    second = chat.send("say it", want=["text"], seed=2, **settings)
+    new = tiny_model.preparer.prepare([Request(["say it"])])[0].ids
+    assert counts["read"] - before <= len(new) + 1  # its ids without bos; the turn, the reply's last token
+    assert [message.role for message in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
+
+    said = [{"role": "system", "content": "be brief"}, {"role": "user", "content": ["seven", PICTURE]}]
+    np.testing.assert_array_equal(first.ids, tiny_model.generate(said, want=["text", "image"], seed=1, **settings).ids)
+    grammar, preparer = tiny_model.grammar, tiny_model.preparer
+    opening, question = (
+        preparer.spans([Request(parts)])[0][0] for parts in (["be brief", "seven", PICTURE], ["say it"])
+    )
+    whole = preparer.prepared(Request([], ["text"], seed=2, **settings), [opening, first.spans, question])
+    np.testing.assert_array_equal(second.ids, tiny_model.engine.generate([whole])[0].ids)
+    turns = [place for place, token in enumerate(whole.ids) if token == grammar.control["turn"]]
+    assert len(turns) == 3 and turns[-1] == len(whole.ids) - 1
+
+
+def test_messages_are_read_in_turns(tiny_model):
+    """Each ends with a turn, the system's with the first user's; guidance drops texts of all of them."""
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "seven"}, {"type": "image", "image": PICTURE}]},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "say it"},
+    ]
+    prepared = tiny_model.prepare([Request(messages, media_guidance=2.0)])[0]
+    spans = tiny_model.grammar.parse(prepared.ids)
+    assert [span.modality for span in spans] == ["text", "image", "text", "text"]
+    assert [tiny_model.tokenizers["text"].decode(span.codes) for span in spans if span.modality == "text"] == [
+        "be briefseven", "yes", "say it",
+    ]  # fmt: skip
+    assert sum(prepared.ids == tiny_model.grammar.control["turn"]) == 3 and all(span.context for span in spans)
+
+
+def test_a_stream_that_is_left_leaves_no_trace(tiny_model):
+    """The next message follows what was said before; the rest of the stream that was left gives nothing."""
+    chat = tiny_model.chat()
+    left = chat.stream("seven", want=["text", "image"], max_tokens=20)
+    next(left)
+    reply = chat.send("say", want=["text"], seed=3, max_tokens=9)
+    assert list(left) == [] and [message.role for message in chat.messages] == ["user", "assistant"]
+    np.testing.assert_array_equal(reply.ids, tiny_model.generate(["say"], want=["text"], seed=3, max_tokens=9).ids)
+
+
+def test_a_chat_says_what_is_wrong_and_stays_as_it_was(tiny_model):
+    chat = tiny_model.chat()
+    with pytest.raises(UsageError, match="unknown modality"):
+        chat.send("seven", want=["smell"])
+    with pytest.raises(OmniError, match="reads at most 128"):
+        chat.send("x" * 300, want=["image"])
+    with pytest.raises(UsageError, match="unknown type"):
+        chat.send([{"type": "smell"}])
+    with pytest.raises(UsageError, match="one reply"):
+        chat.send("seven", samples=2)
+    assert chat.messages == [] and chat.send("seven", want=["image"]).images
+    assert isinstance(chat.messages[0], omni.Message)
