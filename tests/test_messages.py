@@ -107,7 +107,7 @@ def test_roles_and_texts():
         (user({"type": "audio", "audio": PIXELS}), "is called audio, and holds image"),
         (
             user({"type": "image", "base64": in_base64(png()[:40])}),
-            "message 0, part 0: the picture is damaged|not a picture",
+            "message 0, part 0: damaged|not a picture",
         ),
         ([{"role": "user", "content": {"type": "text"}}], "a string or a list of parts"),
         ([{"role": "assistant", "content": "x"}], "the user first and last"),
