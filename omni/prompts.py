@@ -71,12 +71,10 @@ class Request:
 class Preparer:
     """Makes of requests what the engine takes."""
 
-    def __init__(
-        self, processor: Processor, context_length: int, generation: Mapping[str, Mapping[str, float]] | None = None
-    ):
+    def __init__(self, processor: Processor, context_length: int, generation: Mapping[str, Mapping[str, float]]):
         """Of a model with this context and these defaults, name of a setting -> modality -> value."""
         self.processor, self.grammar = processor, processor.grammar
-        self.context_length, self.generation = context_length, dict(generation or {})
+        self.context_length, self.generation = context_length, generation
 
     def prepare(self, requests: Sequence[Request]) -> list[PreparedRequest]:
         """Each request as many times as it asks for samples.

@@ -16,13 +16,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from omni.generate.loop import Cache, Settings, State, advance, copy_rows, enter, read_prompts
+from omni.generate.loop import Block, Cache, Settings, State, advance, copy_rows, enter, read_prompts
 from omni.generate.requests import Generated, PreparedRequest, check_request, useful_shadows
-from omni.generate.rules import make_rules
+from omni.generate.rules import inner_blocks, make_rules
 from omni.generate.slots import Columns, Progress, Slots, power_of_two
 from omni.grammar import Grammar
 from omni.model import CACHE_AXES, Decoder, TransformerConfig, init_cache
 from omni.sharding import ShardingRules, activations_on, constrain, named_sharding, spread
+
+HEAD_AXES = ("vocabulary", "embed")
 
 
 class Engine:
@@ -58,12 +60,26 @@ class Engine:
         self.context, self.max_rows = context, max_rows
         self._mesh, self._places = mesh, ShardingRules()
         self._row_shards = 1 if mesh is None else spread(mesh, self._places.batch)
+        self._blocks = self._inner_blocks()
         self.counts: Counter[str] = Counter()
         self._empty = jax.jit(partial(_empty, decoder.config), static_argnames=("rows", "capacity"))
-        self._read_prompts = jax.jit(self._counted(read_prompts), donate_argnames=("cache", "logits"))
-        self._copy_rows = jax.jit(self._counted(copy_rows), donate_argnames=("cache", "logits"))
+        self._read_prompts = jax.jit(self._counted(read_prompts), donate_argnames=("cache", "stream"))
+        self._copy_rows = jax.jit(self._counted(copy_rows), donate_argnames=("cache", "stream"))
         self._enter = jax.jit(self._counted(enter), donate_argnames="state")
         self._advance = jax.jit(self._counted(advance), donate_argnames="state")
+
+    def _inner_blocks(self) -> list[Block]:
+        """The head's rows for `inner_blocks`, taken once; of a decoder of shapes, shapes."""
+        blocks, head = inner_blocks(self.grammar), self.decoder.head
+        if isinstance(head, jax.ShapeDtypeStruct):
+            shapes = [(len(ids), head.shape[1]) for ids in blocks]
+            return [
+                Block(_shape_of(ids), self._shape(shape, head.dtype, *HEAD_AXES))
+                for ids, shape in zip(blocks, shapes, strict=True)
+            ]
+        take = jax.jit(lambda head, ids: constrain(head[ids], *HEAD_AXES))
+        with self._on_mesh():
+            return [Block(jnp.asarray(ids), take(head, ids)) for ids in blocks]
 
     def _counted(self, function):
         """The function, counting its traces: one for each program that is compiled."""
@@ -152,18 +168,18 @@ class Engine:
 
     # The programs, on the mesh
 
-    def empty(self, rows: int, capacity: int) -> tuple[Cache, Float[Array, "rows vocabulary"]]:
-        """A cache and logits of rows that have read nothing."""
+    def empty(self, rows: int, capacity: int) -> tuple[Cache, Float[Array, "rows dim"]]:
+        """A cache and the stream of rows that have read nothing."""
         with self._on_mesh():
             return self._empty(rows=rows, capacity=capacity)
 
-    def read_prompts(self, *arguments) -> tuple[Cache, Float[Array, "rows vocabulary"]]:
-        """`omni.generate.loop.read_prompts` with this decoder; the cache and the logits are given away."""
+    def read_prompts(self, *arguments) -> tuple[Cache, Float[Array, "rows dim"]]:
+        """`omni.generate.loop.read_prompts` with this decoder; the cache and the stream are given away."""
         with self._on_mesh():
             return self._read_prompts(self.decoder, *arguments)
 
-    def copy_rows(self, *arguments) -> tuple[Cache, Float[Array, "rows vocabulary"]]:
-        """`omni.generate.loop.copy_rows`; the cache and the logits are given away."""
+    def copy_rows(self, *arguments) -> tuple[Cache, Float[Array, "rows dim"]]:
+        """`omni.generate.loop.copy_rows`; the cache and the stream are given away."""
         with self._on_mesh():
             return self._copy_rows(*arguments)
 
@@ -175,7 +191,7 @@ class Engine:
     def run_loop(self, settings: Settings, state: State, n: int, pause: int) -> State:
         """`omni.generate.loop.advance` with this decoder and grammar; the state is given away."""
         with self._on_mesh():
-            return self._advance(self.decoder, self.rules, settings, state, np.int32(n), np.int32(pause))
+            return self._advance(self.decoder, self.rules, self._blocks, settings, state, np.int32(n), np.int32(pause))
 
     def lower(self, requests: int, capacity: int) -> jax.stages.Lowered:
         """The program that emits the tokens of so many requests without guidance, not compiled yet.
@@ -186,9 +202,9 @@ class Engine:
         config, rows = self.decoder.config, self.padded(requests)
         shape = (rows, config.key_value_heads, capacity, config.head_dim)
         stored = self._shape(shape, config.compute_dtype, *CACHE_AXES)
-        logits = self._shape((rows, config.vocabulary_size), "float32", "batch", "vocabulary")
+        stream = self._shape((rows, config.dim), config.compute_dtype, "batch", None)
         slots = Slots(self, rows, 0, capacity, Columns())
-        arguments = self.rules, slots.settings(), slots.state([(stored, stored)] * config.depth, logits)
+        arguments = self.rules, self._blocks, slots.settings(), slots.state([(stored, stored)] * config.depth, stream)
         arguments = *arguments, np.int32(capacity), np.int32(0)
         shapes = jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else _shape_of(x), arguments)
         with self._on_mesh():
@@ -202,9 +218,9 @@ class Engine:
         return contextlib.nullcontext() if self._mesh is None else activations_on(self._mesh, self._places)
 
 
-def _empty(config: TransformerConfig, rows: int, capacity: int) -> tuple[Cache, Float[Array, "rows vocabulary"]]:
-    logits = jnp.zeros((rows, config.vocabulary_size), jnp.float32)
-    return init_cache(config, rows, capacity), constrain(logits, "batch", "vocabulary")
+def _empty(config: TransformerConfig, rows: int, capacity: int) -> tuple[Cache, Float[Array, "rows dim"]]:
+    stream = jnp.zeros((rows, config.dim), config.compute_dtype)
+    return init_cache(config, rows, capacity), constrain(stream, "batch", None)
 
 
 def _prompts(request: PreparedRequest) -> list[Int[np.ndarray, " tokens"]]:

@@ -8,7 +8,9 @@ slot emits.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +18,21 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
 
 from omni.generate.rules import Rules, admitted_classes
 from omni.generate.sampling import penalise, sample
-from omni.model import CACHE_AXES, Decoder, apply_decoder
+from omni.model import CACHE_AXES, Decoder, decoder_stream
+from omni.model.transformer import project
 from omni.sharding import constrain
 
 Cache = list[tuple[Array, Array]]
 PLAUSIBLE = 0.1  # least share of the likeliest id's own probability that an id needs to be drawn under guidance above 1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Block:
+    """Ids that the next token may be, and their rows of the head."""
+
+    ids: Int[Array, " ids"]
+    head: Float[Array, "ids dim"]
 
 
 @jax.tree_util.register_dataclass
@@ -61,7 +73,7 @@ class State:
 
     Attributes:
       cache: keys and values of each layer.
-      logits: what each row's last token predicts.
+      stream: what each row's last token left, whose products with the head are logits.
       length: tokens that each row has read: the next one's index and cache slot.
       tokens: emitted ids, of which `count` are true.
       grammar: grammar state.
@@ -76,7 +88,7 @@ class State:
     """
 
     cache: Cache
-    logits: Float[Array, "rows vocabulary"]
+    stream: Float[Array, "rows dim"]
     length: Int[Array, " rows"]
     tokens: Int[Array, "requests capacity"]
     count: Int[Array, " requests"]
@@ -93,39 +105,39 @@ class State:
 def read_prompts(
     decoder: Decoder,
     cache: Cache,
-    logits: Float[Array, "rows vocabulary"],
+    stream: Float[Array, "rows dim"],
     rows: Int[Array, " some"],
     ids: Int[Array, "some length"],
     positions: Int[Array, "some length 3"],
     start: Int[Array, " some"],
     last: Int[Array, " some"],
-) -> tuple[Cache, Float[Array, "rows vocabulary"]]:
+) -> tuple[Cache, Float[Array, "rows dim"]]:
     """Some rows read the next tokens of their prompts, right-padded: the first goes to slot `start` of the cache, and
-    the logits become those after token `last` of them. A row that does not exist reads for nothing."""
+    the stream becomes that of token `last` of them. A row that does not exist reads for nothing."""
     own = jax.tree.map(lambda stored: constrain(stored[rows], *CACHE_AXES), cache)
-    predicted, own = apply_decoder(decoder, ids, positions, start, own, last=last)
-    return _put(cache, own, rows), _put_logits(logits, predicted[:, 0], rows)
+    left, own = decoder_stream(decoder, ids, positions, start, own, last=last)
+    return _put(cache, own, rows), _put_stream(stream, left[:, 0], rows)
 
 
 def copy_rows(
     cache: Cache,
-    logits: Float[Array, "rows vocabulary"],
+    stream: Float[Array, "rows dim"],
     sources: Int[Array, " some"],
     targets: Int[Array, " some"],
-) -> tuple[Cache, Float[Array, "rows vocabulary"]]:
+) -> tuple[Cache, Float[Array, "rows dim"]]:
     """A prompt that was read once serves other rows; a target that does not exist gets nothing."""
     own = jax.tree.map(lambda stored: constrain(stored[sources], *CACHE_AXES), cache)
-    return _put(cache, own, targets), _put_logits(logits, logits[sources], targets)
+    return _put(cache, own, targets), _put_stream(stream, stream[sources], targets)
 
 
 def _put(cache: Cache, new: Cache, rows: Int[Array, " some"]) -> Cache:
     return jax.tree.map(lambda stored, own: constrain(stored.at[rows].set(own, mode="drop"), *CACHE_AXES), cache, new)
 
 
-def _put_logits(
-    logits: Float[Array, "rows vocabulary"], new: Float[Array, "some vocabulary"], rows: Int[Array, " some"]
-) -> Float[Array, "rows vocabulary"]:
-    return constrain(logits.at[rows].set(new, mode="drop"), "batch", "vocabulary")
+def _put_stream(
+    stream: Float[Array, "rows dim"], new: Float[Array, "some dim"], rows: Int[Array, " some"]
+) -> Float[Array, "rows dim"]:
+    return constrain(stream.at[rows].set(new, mode="drop"), "batch", None)
 
 
 def enter(
@@ -160,7 +172,13 @@ def enter(
 
 
 def advance(
-    decoder: Decoder, rules: Rules, settings: Settings, state: State, n: Int[Array, ""], pause: Int[Array, ""]
+    decoder: Decoder,
+    rules: Rules,
+    blocks: Sequence[Block],
+    settings: Settings,
+    state: State,
+    n: Int[Array, ""],
+    pause: Int[Array, ""],
 ) -> State:
     """Emits up to `n` tokens for every request not yet done; stops after one that ended at least `pause`, by the
     numbers of `State.ended`: 1 for parts and replies, 2 for replies alone, 3 for neither."""
@@ -171,34 +189,30 @@ def advance(
 
     def body(carry: tuple[Int[Array, ""], State]) -> tuple[Int[Array, ""], State]:
         taken, state = carry
-        state, token = emit(rules, settings, state)
+        state, token = emit(decoder, rules, blocks, settings, state)
         return taken + 1, read(decoder, rules, settings, state, token)
 
     start = replace(state, ended=jnp.zeros((), jnp.int32))
     return jax.lax.while_loop(more, body, (jnp.zeros((), jnp.int32), start))[1]
 
 
-def emit(rules: Rules, settings: Settings, state: State) -> tuple[State, Int[Array, " requests"]]:
+def emit(
+    decoder: Decoder, rules: Rules, blocks: Sequence[Block], settings: Settings, state: State
+) -> tuple[State, Int[Array, " requests"]]:
     """Chooses the next token of every request and notes it; a request that is done emits padding, unnoted."""
     requests = jnp.arange(len(state.count))
     remaining = settings.limit - state.count
     expected = settings.want[requests, state.begun]
     reserve = settings.reserve[requests[:, None], state.begun[:, None] + jnp.arange(2)]
     admitted = admitted_classes(rules, state.grammar, remaining, expected, reserve, settings.free, settings.constrained)
-    modality = rules.next_modality[state.grammar]
     live = ~state.done & jnp.any(admitted, axis=-1)
-    logits, plausible = guided_logits(settings, state.logits, modality, admitted[:, rules.class_of])
-    if state.seen.shape[1]:
-        logits = penalise(logits, state.seen, settings.repetition_penalty[requests, modality])
-    token, log_probability = sample(
-        logits,
-        plausible,
-        jax.vmap(token_key)(settings.seed, state.count),
-        settings.temperature[requests, modality],
-        jnp.where(live, settings.top_k[requests, modality], 0),  # what needs no top-k or top-p does not pay for it
-        jnp.where(live, settings.top_p[requests, modality], 1),
-        settings.min_p[requests, modality],
-    )
+    everything = Block(jnp.arange(len(rules.class_of)), decoder.head)
+    ways = [partial(choose, rules, block, settings) for block in (everything, *blocks)]
+    inside = jnp.where(settings.constrained, rules.block[state.grammar], 0)
+    # The head's product, most of a small model's work, is taken with the ids of one block where all are inside it.
+    block = jnp.max(jnp.where(live, inside, 0))
+    block = jnp.where(jnp.all(~live | (inside == block)), block, 0)
+    token, log_probability = jax.lax.switch(block, ways, state, admitted, live)
     token = jnp.where(live, token, rules.pad)
 
     symbol = rules.class_of[token]
@@ -228,6 +242,32 @@ def emit(rules: Rules, settings: Settings, state: State) -> tuple[State, Int[Arr
         log_probabilities=log_probabilities,
     )
     return state, token
+
+
+def choose(
+    rules: Rules,
+    block: Block,
+    settings: Settings,
+    state: State,
+    admitted: Bool[Array, "requests classes"],
+    live: Bool[Array, " requests"],
+) -> tuple[Int[Array, " requests"], Float[Array, " requests"]]:
+    """An id of the block for every request, and the log-probability that it had."""
+    requests, modality = jnp.arange(len(live)), rules.next_modality[state.grammar]
+    logits = project(state.stream[:, None], block.head)[:, 0]
+    logits, plausible = guided_logits(settings, logits, modality, admitted[:, rules.class_of[block.ids]])
+    if state.seen.shape[1]:
+        logits = penalise(logits, state.seen[:, block.ids], settings.repetition_penalty[requests, modality])
+    place, log_probability = sample(
+        logits,
+        plausible,
+        jax.vmap(token_key)(settings.seed, state.count),
+        settings.temperature[requests, modality],
+        jnp.where(live, settings.top_k[requests, modality], 0),  # what needs no top-k or top-p does not pay for it
+        jnp.where(live, settings.top_p[requests, modality], 1),
+        settings.min_p[requests, modality],
+    )
+    return block.ids[place], log_probability
 
 
 def token_key(seed: UInt[Array, ""], count: Int[Array, ""]) -> PRNGKeyArray:
@@ -266,5 +306,5 @@ def read(decoder: Decoder, rules: Rules, settings: Settings, state: State, token
     leader, capacity = settings.leader, state.cache[0][0].shape[2]
     positions = state.length[:, None] + rules.shift[state.grammar[leader]]
     slots = jnp.where(state.done[leader], capacity, state.length)
-    logits, cache = apply_decoder(decoder, token[leader][:, None], positions[:, None], slots, state.cache)
-    return replace(state, cache=cache, logits=logits[:, 0], length=state.length + 1)
+    stream, cache = decoder_stream(decoder, token[leader][:, None], positions[:, None], slots, state.cache)
+    return replace(state, cache=cache, stream=stream[:, 0], length=state.length + 1)

@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Int
 
 from omni.grammar import ROLES, Grammar
 
+SLICED = 2048  # ids of a vocabulary from which on the head is sliced: below, its product is no work
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Rules:
       next_modality: modality whose settings choose the next token.
       shift: what to add to a token's index to get its (time, row, column).
       forbidden: classes that even unconstrained rows may not emit.
+      block: which of `inner_blocks`, counted from 1, holds all that may follow a state; 0 for none.
     """
 
     class_of: Int[Array, " vocabulary"]
@@ -39,6 +42,7 @@ class Rules:
     next_modality: Int[Array, " states"]
     shift: Int[Array, "states 3"]
     forbidden: Bool[Array, " classes"]
+    block: Int[Array, " states"]
     modalities: int = field(metadata={"static": True})
     eos: int = field(metadata={"static": True})
     pad: int = field(metadata={"static": True})
@@ -84,10 +88,37 @@ def make_rules(grammar: Grammar) -> Rules:
         # A position is the token's index plus what its state fixes, so that one lookup replaces the formula.
         shift=jnp.asarray(grammar.positions(states, np.full_like(states, far)) - far),
         forbidden=jnp.asarray(forbidden),
+        block=jnp.asarray(_block_of_state(grammar)),
         modalities=modalities,
         eos=tables.eos,
         pad=tables.pad,
     )
+
+
+def inner_blocks(grammar: Grammar) -> list[Int[np.ndarray, " ids"]]:
+    """For each modality but text, the ids that may come inside of its spans, where they are few enough among many
+    (`SLICED`) that logits of them alone are worth a program of their own."""
+    tables = grammar.tables
+    found = []
+    for modality in _sliced(grammar):
+        own = (tables.next_modality == modality) & ~tables.top
+        classes = (tables.next_state[own] >= 0).any(axis=0)
+        found.append(np.flatnonzero(classes[tables.class_of]).astype(np.int32))
+    return found
+
+
+def _sliced(grammar: Grammar) -> list[int]:
+    """Modalities with a block of their own."""
+    size = len(grammar.tables.class_of)
+    codes = [sum(len(table) for table in layout.tables) for layout in grammar.layouts.values()]
+    return [place for place, count in enumerate(codes, start=1) if size >= SLICED and 2 * count <= size]
+
+
+def _block_of_state(grammar: Grammar) -> Int[np.ndarray, " states"]:
+    tables, sliced = grammar.tables, _sliced(grammar)
+    place = np.zeros(len(grammar.modalities), np.int32)
+    place[sliced] = np.arange(1, len(sliced) + 1)
+    return np.where(tables.top, 0, place[tables.next_modality]).astype(np.int32)
 
 
 def admitted_classes(

@@ -158,8 +158,8 @@ class Slots:
             for size in (size for size in CHUNKS if size < self.capacity * 2):
                 ids = np.full((len(rows), size), self._engine.rules.pad, np.int32)
                 pieces = rows, ids, np.zeros((*ids.shape, 3), np.int32), zeros, zeros
-                self._place(*self._engine.read_prompts(self._state.cache, self._state.logits, *pieces))
-            self._place(*self._engine.copy_rows(self._state.cache, self._state.logits, zeros, rows))
+                self._place(*self._engine.read_prompts(self._state.cache, self._state.stream, *pieces))
+            self._place(*self._engine.copy_rows(self._state.cache, self._state.stream, zeros, rows))
         self._enter([])
         if not self.busy:
             self._state = self._engine.run_loop(self._settings, self._state, 1, NOTHING)
@@ -242,7 +242,7 @@ class Slots:
                 return
         grammar = self._engine.grammar
         positions = grammar.positions(grammar.annotate(ids), np.arange(len(ids)))
-        start = min(_shared(self._held[row], ids), len(ids) - 1)  # one token at least, for the logits after it
+        start = min(_shared(self._held[row], ids), len(ids) - 1)  # one token at least, for the stream after it
         self._readings.append(_Reading(ids, positions, row, start, [occupant]))
 
     # Reading
@@ -259,7 +259,7 @@ class Slots:
         self._readings = [reading for reading in self._readings if reading.at < len(reading.ids)]
         for pairs in _split([(reading.row, target) for reading in finished for target in reading.copies]):
             sources, targets = (self._padded(list(rows)) for rows in zip(*pairs, strict=True))
-            self._place(*self._engine.copy_rows(self._state.cache, self._state.logits, sources, targets))
+            self._place(*self._engine.copy_rows(self._state.cache, self._state.stream, sources, targets))
         for reading in finished:
             for row in (reading.row, *reading.copies):
                 self._held[row] = reading.ids
@@ -285,15 +285,15 @@ class Slots:
             reading.at += count
             self._engine.counts["read"] += count
         pieces = rows, ids, positions, start, last
-        self._place(*self._engine.read_prompts(self._state.cache, self._state.logits, *pieces))
+        self._place(*self._engine.read_prompts(self._state.cache, self._state.stream, *pieces))
 
     def _padded(self, rows: list[int]) -> Int[np.ndarray, " rows"]:
         """The rows, then one that does not exist, in one of the sizes in which rows are read and copied."""
         size = self._engine.padded(next(size for size in ROWS if len(rows) <= size))
         return np.array(rows + [self._rows] * (size - len(rows)), np.int32)
 
-    def _place(self, cache: Cache, logits: Float[Array, "rows vocabulary"]) -> None:
-        self._state = replace(self._state, cache=cache, logits=logits)
+    def _place(self, cache: Cache, stream: Float[Array, "rows dim"]) -> None:
+        self._state = replace(self._state, cache=cache, stream=stream)
 
     def _enter(self, occupants: Sequence[_Occupant]) -> None:
         begins, grammar = np.zeros(self.size, bool), np.zeros(self.size, np.int32)
@@ -408,13 +408,13 @@ class Slots:
             self._state = replace(self._state, log_probabilities=log_probabilities)
         return self._state
 
-    def state(self, cache: Cache, logits: Float[Array, "rows vocabulary"]) -> State:
+    def state(self, cache: Cache, stream: Float[Array, "rows dim"]) -> State:
         """Nothing has been emitted yet."""
         requests, none = self.size, np.zeros((), np.int32)
         seen, log_probabilities = self._seen_and_drawn()
         return State(
             cache=cache,
-            logits=logits,
+            stream=stream,
             length=np.zeros(self._rows, np.int32),
             tokens=np.full((requests, self.capacity), self._engine.rules.pad, np.int32),
             count=np.zeros(requests, np.int32),

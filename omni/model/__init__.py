@@ -1,7 +1,7 @@
 """The transformer: parameters and training forward (`Transformer`), cached decoding (`decode`)."""
 
 from omni.model.config import RopeScaling, TransformerConfig
-from omni.model.decode import CACHE_AXES, Decoder, apply_decoder, decoder_on, init_cache, make_decoder
+from omni.model.decode import CACHE_AXES, Decoder, apply_decoder, decoder_on, decoder_stream, init_cache, make_decoder
 from omni.model.transformer import Transformer
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "TransformerConfig",
     "apply_decoder",
     "decoder_on",
+    "decoder_stream",
     "init_cache",
     "make_decoder",
 ]

@@ -16,7 +16,7 @@ from omni.model import experts
 from omni.model.attention import Cache, Heads, KeyValueHeads, Mask, attend_slots, slot_mask, write_cache
 from omni.model.config import TransformerConfig
 from omni.model.positions import rotation
-from omni.model.transformer import Transformer, Weights, block, embed, project, rms_norm
+from omni.model.transformer import Stream, Transformer, Weights, block, embed, project, rms_norm
 from omni.sharding import ShardingRules, constrain, named_sharding
 
 CACHE_AXES = ("batch", "key_value_heads", None, "head_dim")
@@ -109,9 +109,25 @@ def apply_decoder(
 ) -> tuple[Float[Array, "rows length_or_1 vocabulary"], list[Cache]]:
     """Logits, float32, for the token after each of `ids`, and the cache with these tokens in it.
 
+    Arguments as of `decoder_stream`; with `last`, logits [rows, 1, vocabulary].
+    """
+    x, cache = decoder_stream(decoder, ids, positions, slots, cache, last)
+    return project(x, decoder.head), cache
+
+
+def decoder_stream(
+    decoder: Decoder,
+    ids: Int[Array, "rows length"],
+    positions: Int[Array, "rows length 3"],
+    slots: Int[Array, " rows"],
+    cache: list[Cache],
+    last: Int[Array, " rows"] | None = None,
+) -> tuple[Stream, list[Cache]]:
+    """The stream after its final norm, whose products with the head are logits, and the cache with these tokens in it.
+
     Token i of row r goes to slot slots[r] + i and sees slots 0 .. slots[r] + i. A right-padded prompt is a call with
     slots 0: what padding leaves in the cache lies in later slots, which later tokens overwrite before they see them.
-    With `last`, logits only for token last[r] of each row: [rows, 1, vocabulary].
+    With `last`, the stream of token last[r] of each row alone: [rows, 1, dim].
     """
     config = decoder.config
     by = rotation(config, positions)
@@ -125,7 +141,7 @@ def apply_decoder(
         new_cache.append(layer_cache)
     if last is not None:
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-    return project(rms_norm(x, decoder.norm, config.norm_epsilon), decoder.head), new_cache
+    return rms_norm(x, decoder.norm, config.norm_epsilon), new_cache
 
 
 def attend_cache(

@@ -22,7 +22,7 @@ from reference import (
     three_passes,
 )
 
-from omni.generate import Engine, Shadow, guidance_shadows, unconditional_shadow
+from omni.generate import Engine, Shadow, guidance_shadows, rules, unconditional_shadow
 from omni.generate.loop import guided_logits
 from omni.model import make_decoder
 from omni_tokenizers.errors import OmniError
@@ -385,3 +385,27 @@ def test_unconstrained_replies_may_break_and_say_so(grammar, engine):
             parses = False
         assert reply.well_formed == parses
     assert len({reply.well_formed for reply in replies}) == 2
+
+
+@pytest.mark.parametrize("layouts", [PLAIN, SIZED], ids=["plain", "sized"])
+def test_a_head_sliced_to_what_may_come_changes_nothing(layouts, monkeypatch):
+    """Pictures, sounds and mixtures of all, guided and not, are those of the whole head; where all requests are inside
+    of pictures, its product has the pictures' ids alone."""
+    grammar = make_grammar(layouts)
+    model = make_model(grammar.vocabulary.size)
+    whole = Engine(make_decoder(model), grammar)
+    monkeypatch.setattr(rules, "SLICED", 1)
+    sliced = Engine(make_decoder(model), grammar)
+    assert [len(block.ids) for block in whole._blocks] == []
+    tokens = [grammar.vocabulary.token(name) for name in ("</image>", *(["<row>"] if layouts is SIZED else []))]
+    picture = [*grammar.vocabulary.block("image").tolist(), *tokens]
+    assert sliced._blocks[0].ids.tolist() >= sorted(picture)[:1] and set(picture) <= set(sliced._blocks[0].ids.tolist())
+    shadows = unconditional_shadow(prompt(grammar, 0), np.array([1, 3, 1.5], np.float32))
+    pictures = [request(grammar, prompt(grammar, i, "text"), want=(IMAGE,), seed=i) for i in range(4)]
+    guided = [replace(asked, shadows=shadows, temperature=np.zeros(3, np.float32)) for asked in pictures]
+    sounds = [request(grammar, prompt(grammar, i, "image"), want=(AUDIO, IMAGE), seed=i, top_p=0.8) for i in range(3)]
+    loose = [replace(pictures[0], want=None, constrained=False)]
+    penalised = [replace(pictures[1], repetition_penalty=np.full(3, 1.5, np.float32))]
+    for requests in (pictures, guided, sounds, loose, penalised, [*guided, *sounds, *loose, *penalised]):
+        one, other = whole.generate(requests), sliced.generate(requests)
+        assert [reply.ids.tolist() for reply in one] == [reply.ids.tolist() for reply in other]

@@ -12,7 +12,7 @@ import omni
 import tokenizers
 from omni.grammar import Grammar
 from omni.processor import Processor
-from omni.reply import events
+from omni.streaming import EventStream
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.tensor_files import open_directory
 from omni_tokenizers.text_json import JsonTextTokenizer
@@ -98,6 +98,7 @@ def test_streamed_bytes_are_the_whole_text(hop):
     for said in ("你好,世界。 こんにちは 🙂👩‍👩‍👧‍👦 naïve", "plain, plain text"):
         ids = np.append(vocabulary.to_ids("text", text.encode(said)), vocabulary.token("<eos>"))
         pieces = [ids[start : start + hop] for start in range(0, len(ids), hop)]
-        shown = [event.text for event in events(processor, iter(pieces)) if event.kind == "text"]
+        stream = EventStream(processor)
+        shown = [event.text for piece in pieces for event in stream.push(piece) if event.kind == "text"]
         assert "".join(shown) == said
         assert len(shown) > 1
