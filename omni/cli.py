@@ -324,6 +324,7 @@ def _add_bench_verbs(parser: argparse.ArgumentParser) -> None:
     bench.add_argument("--device", choices=("cpu", "gpu"), help="default: what both sides find")
     bench.add_argument("--json", action="store_true", help="print all times as JSON")
     _add_bench_streams(subparsers)
+    _add_bench_generate(subparsers)
     _add_bench_data(subparsers)
     _add_bench_train(subparsers)
 
@@ -347,6 +348,19 @@ def _add_bench_streams(subparsers: argparse._SubParsersAction) -> None:
     bench.add_argument("--rows", type=int, default=1, help="sounds or videos at a time")
     bench.add_argument("--seconds", type=float, default=10.0, help="how much of each, in its own time")
     bench.add_argument("--json", action="store_true", help="print all figures as JSON")
+
+
+def _add_bench_generate(subparsers: argparse._SubParsersAction) -> None:
+    summary = "Time replies beside transformers' generate, on the same weights; a table on stdout."
+    example = "generate --kinds text --batch 1"
+    bench = _add_verb(subparsers, "omni bench", "generate", verbs.run_bench_generate, summary, example)
+    bench.add_argument("--kinds", help="which, comma-separated; default: prompt,text,picture,mixed")
+    bench.add_argument("--batch", default="1,8", help="requests that are answered together, comma-separated")
+    bench.add_argument("--text-tokens", type=int, default=128, help="length of texts")
+    bench.add_argument("--prompt-tokens", type=int, default=512, help="length of prompts where reading is timed")
+    bench.add_argument("--rounds", type=int, default=3, help="turns of each side; the median counts")
+    bench.add_argument("--device", choices=("cpu", "gpu"), help="default: what both sides find")
+    bench.add_argument("--json", action="store_true", help="print all times as JSON")
 
 
 def _add_bench_data(subparsers: argparse._SubParsersAction) -> None:

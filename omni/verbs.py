@@ -309,6 +309,16 @@ def run_bench_streams(options: argparse.Namespace) -> None:
     print(json.dumps(results) if options.json else as_markdown(results))
 
 
+def run_bench_generate(options: argparse.Namespace) -> None:
+    from omni.bench.generation import Options, as_markdown, compare
+
+    kinds = {"kinds": tuple(options.kinds.split(","))} if options.kinds else {}
+    lengths = {"text_tokens": options.text_tokens, "prompt_tokens": options.prompt_tokens, "rounds": options.rounds}
+    batches = parse_ids("batch", options.batch)
+    results = compare(Options(batches=tuple(batches), device=options.device, **kinds, **lengths))
+    print(json.dumps(results) if options.json else as_markdown(results))
+
+
 def run_bench_data(options: argparse.Namespace) -> None:
     from omni.bench.data import ReaderOptions, TokenizeOptions, as_text, measure
 
