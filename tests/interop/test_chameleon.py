@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from public_models import golden
+from published_presets import chameleon_code, chameleon_names, chameleon_preset
 from text_json import trained
 
 import omni
 from omni.grammar import Grammar, Span
 from omni.interop import chameleon
-from omni.model import TransformerConfig
 from omni_tokenizers import weights
-from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.checkpoints.vqgan import without_decoder
 from omni_tokenizers.tensor_files import open_directory
 from omni_tokenizers.vqgan import VQGAN, VQGANTokenizer
@@ -30,21 +29,10 @@ def model(directory):
     return omni.load(directory)
 
 
-def name_of(code: int) -> str:
-    """IMGIMG, the digits as letters, Z."""
-    return "IMGIMG" + "".join("ABCDEFGHIJ"[int(digit)] for digit in str(code)) + "Z"
-
-
 @pytest.fixture(scope="module")
 def released():
-    """The preset for the names and ids of the release, codes in the order of their names."""
-    codes = sorted(range(8192), key=name_of)
-    names = {name_of(code): 4 + place for place, code in enumerate(codes)}
-    names |= {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<eoss>": 8196, "<racm3:break>": 8197}
-    names |= {f"<reserved{number:05}>": 4 + number for number in range(8194, 9000)} | {"<image>": 8711}
-    names = {name: token for name, token in names.items() if name != "<reserved08707>"}
-    config = TransformerConfig(vocabulary_size=65_536)
-    return names, chameleon.preset(Settings({"vocabulary_map": names}, "config.json"), config, None)
+    """The preset for the names and ids of the release."""
+    return chameleon_names(), chameleon_preset()
 
 
 def test_the_release_is_written_as_published(released):
@@ -54,7 +42,7 @@ def test_the_release_is_written_as_published(released):
     codes = np.random.default_rng(0).integers(0, 8192, (1, 32, 32))
     ids = grammar.pack([Span("image", codes, context=True), Span("text", np.array([0, 7]))]).ids
     assert ids[[0, 1, 1026, 1027, -1]].tolist() == [0, 8197, 8196, 8710, 2] and len(ids) == 1 + 1026 + 1 + 2 + 1
-    assert ids[2:1026].tolist() == [names[name_of(code)] for code in codes.ravel()]
+    assert ids[2:1026].tolist() == [names[chameleon_code(code)] for code in codes.ravel()]
     assert preset.vocabulary.size == 65_536
     spans = grammar.parse(ids)
     np.testing.assert_array_equal(spans[0].codes, codes)
@@ -106,12 +94,12 @@ def test_a_grammar_beside_the_weights_goes_first(directory, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({name_of(3): None}, "15 names of codes of pictures, for 15 codes"),
-        ({name_of(3): 40}, "for 16 codes and 15 ids"),
-        ({name_of(3): None, name_of(99): 90}, "16 names"),
+        ({chameleon_code(3): None}, "15 names of codes of pictures, for 15 codes"),
+        ({chameleon_code(3): 40}, "for 16 codes and 15 ids"),
+        ({chameleon_code(3): None, chameleon_code(99): 90}, "16 names"),
         ({"IMGIMGADZ": 90}, "17 names of codes of pictures, for 16 codes"),
-        ({name_of(3): 96}, "'IMGIMGDZ' has 96, no id below 96"),
-        ({name_of(3): "x"}, "'IMGIMGDZ' has 'x', no id"),
+        ({chameleon_code(3): 96}, "'IMGIMGDZ' has 96, no id below 96"),
+        ({chameleon_code(3): "x"}, "'IMGIMGDZ' has 'x', no id"),
     ],
 )
 def test_names_that_are_no_bijection_are_refused(tmp_path, change, message):
@@ -145,7 +133,7 @@ def test_pictures_are_spans_at_scattered_ids(model, directory):
     ids = model.encode([omni.Image(pixels)])
     codes = np.asarray(model.tokenizers["image"].encode(pixels[None]))
     assert codes.shape == (1, 4, 4)
-    assert ids.tolist() == [0, 83, 81, *(names[name_of(code)] for code in codes.ravel()), 80, 2]
+    assert ids.tolist() == [0, 83, 81, *(names[chameleon_code(code)] for code in codes.ravel()), 80, 2]
     assert model.logits(ids[None]).shape == (1, 21, 96)
 
 

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 from public_models import golden
+from published_presets import DIGITS, emu3_preset
 
 import omni
 from omni.grammar import Grammar, Span
@@ -13,17 +14,11 @@ from omni.interop import emu3
 from omni.model import TransformerConfig
 from omni_tokenizers.checkpoints.family import Settings
 
-DIGITS = {character: 15 + number for number, character in enumerate("0123456789")} | {"*": 9}
-
 
 @pytest.fixture(scope="module")
 def released():
-    """The preset at the release's ids."""
-    names = {f"<|visual token {code:06}|>": 151_854 + code for code in range(32_768)} | DIGITS
-    names |= {"<|extra_200|>": 151_846, "<|extra_201|>": 151_847, "<|image token|>": 151_851}
-    names |= {"<|image start|>": 151_852, "<|image end|>": 151_853, "<|endoftext|>": 151_643}
-    config = TransformerConfig(vocabulary_size=184_622)
-    preset = emu3.preset(Settings({"vocabulary_map": names}, "config.json"), config, None)
+    """The grammar at the release's ids."""
+    preset = emu3_preset()
     return Grammar(preset.declaration, preset.vocabulary)
 
 
