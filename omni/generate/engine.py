@@ -56,9 +56,10 @@ class Engine:
           mesh: the devices over which the decoder lies (`decoder_on`), None for one. Sequences are split over them as
             rows of a training are, heads and vocabulary as its parameters; the replies are those of one device.
         """
-        self.decoder, self.grammar, self.rules = decoder, grammar, make_rules(grammar)
+        self.decoder, self.grammar = decoder, grammar
         self.context, self.max_rows = context, max_rows
         self._mesh, self._places = mesh, ShardingRules()
+        self.rules = make_rules(grammar)
         self._row_shards = 1 if mesh is None else spread(mesh, self._places.batch)
         self._blocks = self._inner_blocks()
         self.counts: Counter[str] = Counter()

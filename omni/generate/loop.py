@@ -159,7 +159,7 @@ def enter(
     def fresh(new, old: Array) -> Array:
         return jnp.where(begins.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
-    return replace(
+    fresh_state = replace(
         state,
         length=jnp.where(length < 0, state.length, length),
         count=fresh(0, state.count),
@@ -169,6 +169,7 @@ def enter(
         broken=fresh(False, state.broken),
         seen=fresh(seen, state.seen),
     )
+    return _everywhere(fresh_state)
 
 
 def advance(
@@ -193,7 +194,13 @@ def advance(
         return taken + 1, read(decoder, rules, settings, state, token)
 
     start = replace(state, ended=jnp.zeros((), jnp.int32))
-    return jax.lax.while_loop(more, body, (jnp.zeros((), jnp.int32), start))[1]
+    return _everywhere(jax.lax.while_loop(more, body, (jnp.zeros((), jnp.int32), start))[1])
+
+
+def _everywhere(state: State) -> State:
+    """The state with all that the host looks at whole on every device, since a process sees its own devices alone."""
+    looked_at = {name: value for name, value in vars(state).items() if name not in ("cache", "stream")}
+    return replace(state, **{name: constrain(value, *[None] * value.ndim) for name, value in looked_at.items()})
 
 
 def emit(

@@ -1,4 +1,7 @@
-"""Replies of one engine on one device and on meshes of the eight that this process is told to have; prints JSON."""
+"""Replies of one engine on one device and on meshes of eight; prints JSON.
+
+The eight are this process's own, or, with the arguments coordinator, processes and process, those of all of them.
+"""
 
 import dataclasses
 import json
@@ -14,6 +17,7 @@ from reference import IMAGE, PLAIN, TEXT, make_grammar, make_model, prompt, requ
 from omni.generate import Engine, unconditional_shadow
 from omni.model import decoder_on, make_decoder
 from omni.sharding import MeshConfig, ShardingRules, make_mesh
+from omni.train.distributed import join
 
 MESHES = {
     "tensor 4 x data 2": MeshConfig(tensor=4, data=2),
@@ -23,6 +27,8 @@ MESHES = {
 
 
 def main() -> None:
+    if len(sys.argv) > 1:
+        join(False, sys.argv[1], *map(int, sys.argv[2:]))
     grammar = make_grammar(PLAIN)
     model = make_model(grammar.vocabulary.size, seed=1)
     shadows = unconditional_shadow(prompt(grammar, 0), np.array([1, 3, 1.5], np.float32))
@@ -32,9 +38,10 @@ def main() -> None:
         request(grammar, prompt(grammar, 3, "audio"), temperature=0),
     ]
     requests = greedy + [dataclasses.replace(each, temperature=np.ones(3, np.float32), seed=5) for each in greedy]
-    one = Engine(make_decoder(model), grammar)
-    found = {"one device": ids(one.generate(requests))}
-    for name, config in MESHES.items():
+    found = {}
+    if len(sys.argv) == 1:
+        found["one device"] = ids(Engine(make_decoder(model), grammar).generate(requests))
+    for name, config in list(MESHES.items())[: 1 if len(sys.argv) > 1 else None]:
         mesh = make_mesh(config)
         decoder = decoder_on(mesh, ShardingRules(), model)
         engine = Engine(decoder, grammar, mesh=mesh)

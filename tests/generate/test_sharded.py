@@ -2,25 +2,53 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+WORKER = Path(__file__).with_name("sharded_worker.py")
+
+
+def launch(devices: int, *others: str) -> subprocess.Popen:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(WORKER), *others]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def printed(process: subprocess.Popen) -> dict:
+    out, error = process.communicate(timeout=600)
+    assert process.returncode == 0, error[-3000:]
+    return json.loads(next(line for line in out.splitlines() if line.startswith("{")))  # gloo prints, too
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    """By eight devices of one process."""
+    return printed(launch(8))
+
 
 @pytest.mark.slow
-def test_same_replies_on_every_mesh():
+def test_same_replies_on_every_mesh(found):
     """Tokens, greedy and drawn, with guidance and without, are those of one device on every mesh, where each device
     holds its part of the weights alone."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    worker = Path(__file__).with_name("sharded_worker.py")
-    done = subprocess.run([sys.executable, str(worker)], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    one = found.pop("one device")
-    assert {name: found[name] for name in found if "held" not in name} == dict.fromkeys(
-        ("tensor 4 x data 2", "tensor 2 x fsdp 4", "data 8"), one
-    )
+    one = found["one device"]
+    meshes = ("one device", "tensor 4 x data 2", "tensor 2 x fsdp 4", "data 8")
+    assert {name: found[name] for name in found if "held" not in name} == dict.fromkeys(meshes, one)
     assert found["data 8, share held"] == 1
     assert found["tensor 2 x fsdp 4, share held"] < 0.2 and found["tensor 4 x data 2, share held"] < 0.4
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_same_replies_of_two_processes(found):
+    """Four devices each, tensor 4 x data 2 over both: each has all replies, and they are those of one device."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = [launch(4, address, "2", str(number)) for number in range(2)]
+    for process in processes:
+        assert printed(process)["tensor 4 x data 2"] == found["one device"]
