@@ -27,7 +27,7 @@ from omni.model import Transformer, decoder_on, make_decoder
 from omni.model.files import DESCRIPTION, load_transformer, save_transformer
 from omni.parts import Part
 from omni.processor import Processor
-from omni.prompts import SETTINGS, Preparer, Request, listed
+from omni.prompts import SETTINGS, Prompts, Request, listed
 from omni.reply import Reply, make_replies
 from omni.serving import Chat, Content, Server
 from omni.sharding import MeshConfig, ShardingRules, make_mesh
@@ -158,7 +158,7 @@ class Model:
         Errors as in `generate`.
         """
         generated = self.engine.generate(self.prepare(requests))
-        stops = [StopStrings(request.stop) for request in requests for _ in range(request.samples)]
+        stops = [StopStrings(request.stop or ()) for request in requests for _ in range(request.samples)]
         return make_replies(self.processor, generated, stops)
 
     def stream(
@@ -180,16 +180,10 @@ class Model:
         request = Request(parts, want, **settings)
         if request.samples != 1:
             raise UsageError("a stream gives one reply; call generate for several samples")
-        prepared = self.prepare([request])
-        shown = {"picture_rows": picture_rows, "sound_seconds": sound_seconds}
-        return self._events(prepared, EventStream(self.processor, StopStrings(request.stop), **shown))
-
-    def _events(self, prepared: list[PreparedRequest], events: EventStream) -> Iterator[Event]:
-        for hop in self.engine.stream(prepared, events.hop):
-            for progress in hop:
-                yield from events.push(progress.ids)
-                if progress.reply:
-                    yield from events.end(progress.reply)
+        pieces = {"picture_rows": picture_rows, "sound_seconds": sound_seconds}
+        events = EventStream(self.processor, StopStrings(request.stop or ()), **pieces)
+        hops = self.engine.stream(self.prepare([request]), events.hop)
+        return (event for hop in hops for progress in hop for event in events.of(progress))
 
     def serve(self, slots: int, *, capacity: int | None = None, shadows: int | None = None) -> Server:
         """A running batch that requests join at any time; see `omni.serving.Server` and `omni.generate.Engine.open`."""
@@ -201,12 +195,12 @@ class Model:
 
     def prepare(self, requests: Sequence[Request]) -> list[PreparedRequest]:
         """Requests as the engine takes them, each as many times as it asks for samples."""
-        return self.preparer.prepare(requests)
+        return self.prompts.prepare(requests)
 
     @functools.cached_property
-    def preparer(self) -> Preparer:
-        """What makes prepared requests of requests."""
-        return Preparer(self.processor, self.context_length, self.generation)
+    def prompts(self) -> Prompts:
+        """What makes prompts of requests."""
+        return Prompts(self.processor, self.context_length, self.generation)
 
     # The pieces
 

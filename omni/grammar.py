@@ -155,15 +155,23 @@ class Grammar:
 
     def annotate(self, ids: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " tokens"]:
         """The state after each id; `GrammarError` at the first id that may not stand where it stands."""
-        tables, ids = self.tables, self._checked(ids)
-        classes = tables.class_of[ids].tolist()
-        if not classes or classes[0] != tables.bos_class:
+        if not len(ids) or self._checked(ids)[0] != self.control["bos"]:
             raise GrammarError("a document begins with bos")
-        states, state, next_states = [tables.start], tables.start, self._next_states
-        for index, symbol in enumerate(classes[1:], start=1):
+        rest = self.follow(self.tables.start, ids[1:], first=1)
+        return np.concatenate([[self.tables.start], rest]).astype(np.int32)
+
+    def follow(self, state: int | None, ids: Int[np.ndarray, " tokens"], first: int = 0) -> Int[np.ndarray, " tokens"]:
+        """The state after each of some ids behind `state`, None for the beginning of a reply.
+
+        Raises:
+          GrammarError: an id that may not stand where it stands; the message counts tokens from `first` on.
+        """
+        ids, next_states = self._checked(ids), self._next_states
+        state, states = self.tables.after_turn if state is None else state, []
+        for index, symbol in enumerate(self.tables.class_of[ids].tolist()):
             state = next_states[state][symbol]
             if state < 0:
-                raise GrammarError(f"token {index} (id {int(ids[index])}) may not stand there")
+                raise GrammarError(f"token {first + index} (id {int(ids[index])}) may not stand there")
             states.append(state)
         return np.array(states, np.int32)
 
@@ -224,14 +232,16 @@ class Grammar:
             spans.append(span)
         return spans
 
-    def begun(self, ids: Int[np.ndarray, " tokens"]) -> Span | None:
+    def begun(self, ids: Int[np.ndarray, " tokens"], states: Int[np.ndarray, " tokens"]) -> Span | None:
         """The span that ids leave open, with -1 in place of the codes to come; None if none is.
 
-        Its size is the smallest that it can still have. Ids that are no document's beginning leave nothing open.
+        Its size is the smallest that it can still have.
+
+        Args:
+          ids: at least those of the span.
+          states: after each of them.
         """
-        try:
-            states = self.annotate(ids)
-        except GrammarError:
+        if not len(ids):
             return None
         tables, last = self.tables, states[-1]
         if tables.top[last] or last == tables.end:

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from omni.generate.slots import power_of_two
+from omni.generate.programs import power_of_two
 from omni.grammar import Grammar, Tokens
 from omni.model import Transformer
 from omni.train.cross_entropy import token_losses

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from omni.generate import PreparedRequest, guidance_shadows, per_modality, wanted_modalities
+from omni.generate.slots import is_whole
 from omni.grammar import Span
 from omni.messages import Message, are_messages, read_messages
 from omni.parts import Part
@@ -68,7 +69,7 @@ class Request:
     samples: int = 1
 
 
-class Preparer:
+class Prompts:
     """Makes of requests what the engine takes."""
 
     def __init__(self, processor: Processor, context_length: int, generation: Mapping[str, Mapping[str, float]]):
@@ -85,7 +86,7 @@ class Preparer:
         """
         prepared = []
         for request, messages in zip(requests, self.spans(requests), strict=True):
-            each = self.prepared(request, messages)
+            each = self.of_spans(request, messages)
             prepared += [dataclasses.replace(each, seed=each.seed + sample) for sample in range(request.samples)]
         return prepared
 
@@ -104,14 +105,21 @@ class Preparer:
         said = [list(message.parts) for message in messages]
         return [said[0] + said[1], *said[2:]] if messages[0].role == "system" else said
 
-    def prepared(self, request: Request, messages: Sequence[Sequence[Span]]) -> PreparedRequest:
-        """A request whose prompt these messages are; errors as of `prepare`."""
+    def of_spans(
+        self, request: Request, messages: Sequence[Sequence[Span]], room: int | None = None
+    ) -> PreparedRequest:
+        """A request whose prompt these messages are; errors as of `prepare`.
+
+        Args:
+          room: tokens of prompt and reply that there is room for, if less than the context; a reply whose length is not
+            given takes no more.
+        """
         grammar = self.grammar
-        if not _is_integer(request.samples) or request.samples < 1:
+        if not is_whole(request.samples) or request.samples < 1:
             raise UsageError(f"samples is {request.samples!r}; it must be a whole number, at least 1")
-        if isinstance(request.stop_tokens, str) or not all(map(_is_integer, request.stop_tokens)):
+        if isinstance(request.stop_tokens, str) or not all(map(is_whole, request.stop_tokens or ())):
             raise UsageError(f"stop_tokens is a list of ids, not {request.stop_tokens!r}")
-        stop = StopStrings(request.stop)
+        stop, stop_tokens = StopStrings(request.stop or ()), tuple(request.stop_tokens or ())
         settings = {name: self._setting(request, name, neutral) for name, neutral in _NEUTRAL.items()}
         guidance = settings["guidance"]
         without_text = [[span for span in message if span.modality != "text"] for message in messages]
@@ -121,7 +129,7 @@ class Preparer:
         want = wanted_modalities(grammar, request.want)
         return PreparedRequest(
             ids=ids,
-            max_tokens=self._reply_length(want, len(ids)) if request.max_tokens is None else request.max_tokens,
+            max_tokens=self._reply_length(want, len(ids), room) if request.max_tokens is None else request.max_tokens,
             temperature=settings["temperature"],
             top_k=settings["top_k"].astype(np.int32),
             top_p=settings["top_p"],
@@ -131,7 +139,7 @@ class Preparer:
             seed=request.seed,
             constrained=request.constrained,
             log_probabilities=request.log_probabilities,
-            stop_tokens=tuple(request.stop_tokens),
+            stop_tokens=stop_tokens,
             stop=functools.partial(stop_place, self.processor, stop) if stop.strings else None,
             shadows=guidance_shadows(ids, media, nothing, guidance, self._setting(request, "media_guidance", guidance)),
         )
@@ -145,12 +153,12 @@ class Preparer:
             chosen = {**own, **chosen}
         return per_modality(self.grammar, own if chosen is None else chosen, default, name)
 
-    def _reply_length(self, want: tuple[int, ...] | None, prompt_length: int) -> int:
-        room = self.context_length - prompt_length
+    def _reply_length(self, want: tuple[int, ...] | None, prompt_length: int, room: int | None) -> int:
+        limit = self.context_length if room is None else min(self.context_length, room)
+        room = limit - prompt_length
         if room < (1 if want is None else int(self.grammar.tables.minimum[list(want)].sum()) + 1):
-            raise OmniError(
-                f"the prompt has {prompt_length} tokens, the model reads at most {self.context_length} with its reply"
-            )
+            who = "the model reads" if limit == self.context_length else "there is room for"
+            raise OmniError(f"the prompt has {prompt_length} tokens, {who} at most {limit} with its reply")
         if want is None:
             return room
         longest = [_TEXT_ALLOWANCE, *(max(layout.by_length) for layout in self.grammar.layouts.values())]
@@ -162,7 +170,3 @@ def listed(parts: Sequence) -> Sequence:
     if isinstance(parts, (str, bytes)) or not isinstance(parts, Sequence):
         raise UsageError(f"a prompt is a list of parts, not {type(parts).__name__}: write ['seven']")
     return parts
-
-
-def _is_integer(value) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

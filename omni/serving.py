@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from omni.generate import Progress
 from omni.grammar import Span
 from omni.messages import Message, read_messages
 from omni.parts import Part
@@ -47,7 +49,8 @@ class Server:
         return self._slots.busy
 
     def warm_up(self, requests: Sequence[Request] = ()) -> None:
-        """Compiles what requests like these need, so that none waits for it."""
+        """Compiles what the transformer needs for requests like these, so that none waits for it; decoders of pictures
+        and sounds are compiled with the first of them."""
         self._slots.warm_up(self._model.prepare(requests))
 
     def add(self, request: Request, messages: Sequence[Sequence[Span]] | None = None, **pieces) -> int:
@@ -62,10 +65,13 @@ class Server:
         """
         if request.samples != 1:
             raise UsageError("a request to a server gives one reply; add it several times, with other seeds")
-        stream = EventStream(self._model.processor, StopStrings(request.stop), **pieces)
-        preparer = self._model.preparer
-        messages = preparer.spans([request])[0] if messages is None else messages
-        number = self._slots.add(preparer.prepared(request, messages))
+        processor, prompts = self._model.processor, self._model.prompts
+        stream = EventStream(processor, StopStrings(request.stop or ()), **pieces)
+        messages = prompts.spans([request])[0] if messages is None else messages
+        prepared = prompts.of_spans(request, messages, self._slots.capacity)
+        for modality in [*(request.want or ()), *(["text"] if request.stop else [])]:
+            processor.tokenizer(modality)  # that it is missing is said now
+        number = self._slots.add(prepared)
         self._streams[number] = stream
         return number
 
@@ -75,17 +81,26 @@ class Server:
         self._streams.pop(number, None)
 
     def step(self) -> list[tuple[int, Event]]:
-        """Emits a few tokens for all that are being answered; what happened, with the numbers of the requests."""
+        """Emits a few tokens for all that are being answered; what happened, with the numbers of the requests. A reply
+        that cannot be decoded ends with an event "error", which says why."""
         hop = min((stream.hop for stream in self._streams.values()), default=None)
-        events: list[tuple[int, Event]] = []
-        for progress in self._slots.step(hop, parts=True):
-            stream = self._streams[progress.number]
-            found = [*stream.push(progress.ids)]
-            if progress.reply:
-                found += stream.end(progress.reply)
-                del self._streams[progress.number]
-            events += [(progress.number, event) for event in found]
-        return events
+        return [
+            (progress.number, event)
+            for progress in self._slots.step(hop, parts=True)
+            for event in self._events(progress)
+        ]
+
+    def _events(self, progress: Progress) -> Iterator[Event]:
+        """What is new of one request; of what goes wrong with it, the others know nothing."""
+        try:
+            yield from self._streams[progress.number].of(progress)
+        except OmniError as error:
+            self._slots.cancel(progress.number)
+            yield Event("error", 0, text=str(error))
+            del self._streams[progress.number]
+            return
+        if progress.reply:
+            del self._streams[progress.number]
 
 
 class Chat:
@@ -108,7 +123,7 @@ class Chat:
           system: what stands before the first message.
           capacity: most tokens of all of it, by default the model's context.
         """
-        self._model, self._server = model, Server(model, 1, capacity=capacity, shadows=2)
+        self._model, self._server = model, Server(model, 1, capacity=capacity)
         self._system = self._parts(system)
         self.messages: list[Message] = [Message("system", self._system)] if self._system else []
         self._spans: list[list[Span]] = []  # of the messages, as the model has read and written them
@@ -120,35 +135,42 @@ class Chat:
         Raises:
           UsageError, OmniError: as of `Model.generate`; the conversation is then as it was before.
         """
-        *_, end = self.stream(content, want, picture_rows=0, sound_seconds=0, **settings)
-        return end.reply
+        if pieces := {"picture_rows", "sound_seconds"} & set(settings):
+            raise UsageError(f"{min(pieces)} is of streams; send gives the whole reply")
+        *_, last = self.stream(content, want, sound_seconds=0, **settings)
+        return last.reply
 
     def stream(self, content: Content, want: Sequence[str] | None = None, **settings) -> Iterator[Event]:
         """The reply as events, as of `Model.stream`. With the last of them the message and the reply become part of the
-        conversation; a stream that is left before leaves no trace."""
+        conversation. A stream that is left before leaves no trace, nor does a reply that is not well-formed. Of a text
+        that a stop string has ended, the model remembers that string, too."""
         pieces = {name: settings.pop(name) for name in ("picture_rows", "sound_seconds") if name in settings}
         said = self._parts(content)
         request = Request([*(() if self._spans else self._system), *said], want, **settings)
-        messages = [*self._spans, *self._model.preparer.spans([request])[0]]
+        messages = [*self._spans, *self._model.prompts.spans([request])[0]]
+        number = self._server.add(request, messages, **pieces)
         if self._answering is not None:  # a stream that was left
             self._server.cancel(self._answering)
-        self._answering = self._server.add(request, messages, **pieces)
-        return self._events(said, messages)
+        self._answering = number
+        return self._events(number, said, messages)
 
     def _parts(self, content: Content) -> tuple[Part, ...]:
         return read_messages([{"role": "user", "content": content}], self._model.processor.part)[0].parts
 
-    def _events(self, said: tuple[Part, ...], messages: list[list[Span]]) -> Iterator[Event]:
-        own = self._answering
-        while self._answering == own and self._server.busy:
-            for _, event in self._server.step():
-                if event.reply:
-                    self._keep(said, messages, event.reply)
-                yield event
-
-    def _keep(self, said: tuple[Part, ...], messages: list[list[Span]], reply: Reply) -> None:
-        self._answering = None
-        if not reply.well_formed:
-            raise OmniError("the reply is no document, so the conversation cannot go on after it; ask once more")
-        self._spans = [*messages, reply.spans]
-        self.messages += [Message("user", said), Message("assistant", tuple(reply.parts))]
+    def _events(self, number: int, said: tuple[Part, ...], messages: list[list[Span]]) -> Iterator[Event]:
+        events: deque[tuple[int, Event]] = deque()
+        while self._answering == number:
+            if not events:
+                events.extend(self._server.step())
+                continue
+            own, event = events.popleft()
+            if own != number:
+                continue
+            if event.kind in ("end", "error"):
+                self._answering = None
+            if event.kind == "error":
+                raise OmniError(event.text)
+            if event.kind == "end" and event.reply.well_formed:
+                self._spans = [*messages, event.reply.spans]
+                self.messages += [Message("user", said), Message("assistant", tuple(event.reply.parts))]
+            yield event

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from omni.generate import Generated
-from omni.grammar import Span
+from omni.generate import Generated, Progress
+from omni.grammar import GrammarError, Span
 from omni.parts import Audio, Image, Part, Text
 from omni.processor import Processor
 from omni.reply import Reply, cut, spans_so_far
@@ -29,9 +29,9 @@ class Event:
 
     Attributes:
       kind: "text" (a piece of text), "rows" (the first rows of a picture that is being drawn), "sound" (the next piece
-        of a sound), "part" (a part is whole) or "end" (the reply is).
+        of a sound), "part" (a part is whole), "end" (the reply is) or, of a server, "error" (there will be none).
       index: which part of the reply; at the end, the number of parts.
-      text: the piece of text.
+      text: the piece of text, or what went wrong.
       part: the whole part, the picture as far as it is drawn, or the piece of sound.
       reply: the whole reply, at its end.
     """
@@ -74,8 +74,11 @@ class EventStream:
         self._processor, self._grammar, self._stop = processor, processor.grammar, stop or StopStrings()
         self._picture_rows = picture_rows
         self._decoder = _sound_decoder(processor, sound_seconds)
-        self._ids = np.zeros(0, np.int32)
+        self._ids: list[Int[np.ndarray, " tokens"]] = []
+        self._open = np.zeros(0, np.int32)  # ids behind the last part that cannot go on
+        self._states = np.zeros(0, np.int32)  # after each of them
         self._parts: list[Part] = []
+        self._spans: list[Span] = []
         self._shown = ""  # of the text that is open
         self._sent = 0  # rows or frames of the span that is open
 
@@ -85,31 +88,54 @@ class EventStream:
         pieces = self._decoder and self._decoder.frames * self._decoder.codebooks
         return max(1, min(HOP, pieces // 2)) if pieces else HOP
 
+    def of(self, progress: Progress) -> Iterator[Event]:
+        """The events of what is new of the reply."""
+        yield from self.push(progress.ids)
+        if progress.reply:
+            yield from self.end(progress.reply)
+
     def push(self, ids: Int[np.ndarray, " tokens"]) -> Iterator[Event]:
         """The events of the reply's next ids."""
-        self._ids = np.concatenate([self._ids, ids])
-        spans, open_text = spans_so_far(self._grammar, self._ids)
-        yield from self._whole(spans[: len(spans) - open_text])
+        self._ids.append(ids)
+        self._open = np.concatenate([self._open, ids])
+        spans, open_text = spans_so_far(self._grammar, self._open)
+        whole = spans[: len(spans) - open_text]
+        yield from self._whole(whole)
+        self._forget(whole)
         if open_text:
             yield from self._text(spans[-1])
-        elif begun := self._grammar.begun(self._document()):
+        elif begun := self._begun_span(ids):
             yield from self._begun(begun)
 
     def end(self, reply: Generated) -> Iterator[Event]:
         """The events at the end of the reply; all its ids were pushed."""
-        spans, _ = spans_so_far(self._grammar, self._ids)
+        spans, _ = spans_so_far(self._grammar, self._open)
         yield from self._whole(spans)
-        whole = Reply(self._parts, self._ids, spans, reply.well_formed, reply.log_probabilities)
-        yield Event("end", len(spans), reply=whole)
+        self._forget(spans)
+        ids = np.concatenate(self._ids) if self._ids else self._open
+        whole = Reply(self._parts, ids, self._spans, reply.well_formed, reply.log_probabilities)
+        yield Event("end", len(self._parts), reply=whole)
 
-    def _document(self) -> Int[np.ndarray, " tokens"]:
-        control = self._grammar.control
-        return np.concatenate([[control["bos"], control["turn"]], self._ids]).astype(np.int32)
+    def _forget(self, whole: list[Span]) -> None:
+        """Leaves out what whole spans are made of: it is not parsed again."""
+        length = sum(len(self._grammar.span_ids(span)) for span in whole)
+        self._spans += whole
+        self._open, self._states = self._open[length:], self._states[length:]
+
+    def _begun_span(self, new: Int[np.ndarray, " tokens"]) -> Span | None:
+        """The span that the ids leave open, if they do; `new` of them came last."""
+        behind = self._open[len(self._states) :]
+        try:
+            states = self._grammar.follow(int(self._states[-1]) if len(self._states) else None, behind)
+        except GrammarError:
+            return None
+        self._states = np.concatenate([self._states, states])
+        return self._grammar.begun(self._open, self._states)
 
     def _whole(self, spans: list[Span]) -> Iterator[Event]:
         """Parts that have become whole, with what of them was not given in pieces."""
-        for index in range(len(self._parts), len(spans)):
-            span = spans[index]
+        for span in spans:
+            index = len(self._parts)
             part = cut(self._processor.parts([[span]])[0][0], self._stop)
             if isinstance(part, Text) and part.text[len(self._shown) :]:
                 yield Event("text", index, text=part.text[len(self._shown) :])

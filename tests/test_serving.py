@@ -61,17 +61,17 @@ def test_a_chat_is_what_its_messages_are(tiny_model):
     first = chat.send(["seven", PICTURE], want=["text", "image"], seed=1, **settings)
     before = counts["read"]
     second = chat.send("say it", want=["text"], seed=2, **settings)
-    new = tiny_model.preparer.prepare([Request(["say it"])])[0].ids
+    new = tiny_model.prompts.prepare([Request(["say it"])])[0].ids
     assert counts["read"] - before <= len(new) + 1  # its ids without bos; the turn, the reply's last token
     assert [message.role for message in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
 
     said = [{"role": "system", "content": "be brief"}, {"role": "user", "content": ["seven", PICTURE]}]
     np.testing.assert_array_equal(first.ids, tiny_model.generate(said, want=["text", "image"], seed=1, **settings).ids)
-    grammar, preparer = tiny_model.grammar, tiny_model.preparer
+    grammar, prompts = tiny_model.grammar, tiny_model.prompts
     opening, question = (
-        preparer.spans([Request(parts)])[0][0] for parts in (["be brief", "seven", PICTURE], ["say it"])
+        prompts.spans([Request(parts)])[0][0] for parts in (["be brief", "seven", PICTURE], ["say it"])
     )
-    whole = preparer.prepared(Request([], ["text"], seed=2, **settings), [opening, first.spans, question])
+    whole = prompts.of_spans(Request([], ["text"], seed=2, **settings), [opening, first.spans, question])
     np.testing.assert_array_equal(second.ids, tiny_model.engine.generate([whole])[0].ids)
     turns = [place for place, token in enumerate(whole.ids) if token == grammar.control["turn"]]
     assert len(turns) == 3 and turns[-1] == len(whole.ids) - 1
@@ -102,6 +102,51 @@ def test_a_stream_that_is_left_leaves_no_trace(tiny_model):
     reply = chat.send("say", want=["text"], seed=3, max_tokens=9)
     assert list(left) == [] and [message.role for message in chat.messages] == ["user", "assistant"]
     np.testing.assert_array_equal(reply.ids, tiny_model.generate(["say"], want=["text"], seed=3, max_tokens=9).ids)
+
+
+def test_what_goes_wrong_with_one_request_is_told_to_it_alone(tiny_model, monkeypatch):
+    """Its stream ends with an error; the others' lose nothing."""
+    tokenizer = tiny_model.tokenizers["image"]
+    monkeypatch.setattr(tokenizer, "decode", lambda codes: (_ for _ in ()).throw(OmniError("no colours left")))
+    server, asked = tiny_model.serve(2), requests(2)
+    numbers = [server.add(request) for request in asked]
+    events = [event for _ in range(99) if server.busy for event in server.step()]
+    own = {number: [event for other, event in events if other == number] for number in numbers}
+    assert [(event.kind, event.text) for event in own[0]] == [("error", "no colours left")]
+    alone = tiny_model.generate_batch([asked[1]])[0]
+    assert own[1][-1].reply.text == alone.text == "".join(event.text for event in own[1])
+    assert not server.busy
+
+
+def test_a_missing_tokenizer_is_told_on_arrival(tiny_model, monkeypatch):
+    monkeypatch.delitem(tiny_model.tokenizers, "image")
+    with pytest.raises(OmniError, match="without its image tokenizer"):
+        tiny_model.serve(1).add(Request(["seven"], ["image"]))
+
+
+def test_a_stream_left_between_two_events_of_one_step_leaves_no_trace(tiny_model):
+    """A part and the end come together; what is left after the part is never kept."""
+    chat = tiny_model.chat()
+    left = chat.stream("seven", want=["text"], max_tokens=3)
+    while next(left).kind != "part":
+        pass
+    chat.send("say", want=["text"], max_tokens=3)
+    assert list(left) == [] and [message.parts[0].text for message in chat.messages][0] == "say"
+
+
+def test_a_chat_has_the_room_that_it_is_given(tiny_model):
+    """Replies of no given length take what is left of it; what does not fit is told by that number."""
+    chat = tiny_model.chat(capacity=64)
+    assert len(chat.send("hi", constrained=True, seed=1).ids) <= 64
+    with pytest.raises(OmniError, match="there is room for at most 64"):
+        chat.send("x" * 300)
+
+
+def test_a_reply_that_is_no_document_is_given_and_not_kept(tiny_model):
+    chat = tiny_model.chat()
+    replies = [chat.send("seven", constrained=False, max_tokens=9, seed=seed, temperature=2.0) for seed in range(6)]
+    kept = [reply for reply in replies if reply.well_formed]
+    assert len(kept) < 6 and len(chat.messages) == 2 * len(kept)
 
 
 def test_a_chat_says_what_is_wrong_and_stays_as_it_was(tiny_model):

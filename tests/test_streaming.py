@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import omni
 from omni.bundle import Model
 from omni.grammar import Grammar, Span
 from omni_tokenizers import AudioTokenizer, ImageTokenizer
@@ -121,11 +120,11 @@ def test_what_has_begun_of_a_span(tiny_model):
         Span("audio", np.arange(8, dtype=np.int32).reshape(2, 1, 4) % 8),
     ):
         ids = np.concatenate([grammar.prompt([]), grammar.span_ids(span)])
-        assert grammar.begun(ids) is None and grammar.begun(grammar.prompt([span])) is None
+        states = grammar.annotate(ids)
+        assert grammar.begun(ids, states) is None and grammar.begun(ids[:2], states[:2]) is None
         for length in range(3, len(ids)):
-            begun = grammar.begun(ids[:length])
+            begun = grammar.begun(ids[:length], states[:length])
             known = begun.codes >= 0
             assert begun.modality == span.modality and known.sum() == min(length - 3, span.codes.size)
             own = span.codes[..., : begun.codes.shape[-1]]
             np.testing.assert_array_equal(begun.codes[known], own[known])
-    assert omni.Event("end", 0).reply is None

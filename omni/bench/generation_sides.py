@@ -15,6 +15,7 @@ from jaxtyping import Int
 
 from omni.bench.sides import Ours as OurProcess
 from omni.bench.sides import Theirs as TheirProcess
+from omni_tokenizers.errors import OmniError
 
 KINDS = ("prompt", "text", "picture", "mixed")
 PICTURE = 1024  # codes of a picture
@@ -95,14 +96,16 @@ class Ours(OurProcess):
     def _run(self, work: Work) -> None:
         prompts = work.prompts()
         if work.kind == "prompt":
-            self.engine.generate([self._request(ids, "text", 2) for ids in prompts])
+            self.engine.generate([self._request(ids, "text", 1) for ids in prompts])
             return
         texts, _ = work.split()
         requests = [
             self._request(ids, *(("text", work.text_tokens) if place < texts else ("image", PICTURE + 2)), seed=place)
             for place, ids in enumerate(prompts)
         ]
-        self.engine.generate(requests)
+        replies = self.engine.generate(requests)
+        if [len(reply.ids) for reply in replies] != [request.max_tokens for request in requests]:
+            raise OmniError("a reply ended before it was as long as the other side's; choose another seed")
 
     def _request(self, ids: Int[np.ndarray, " tokens"], want: str, tokens: int, seed: int = 0, temperature=TEMPERATURE):
         from omni.generate import PreparedRequest

@@ -23,6 +23,8 @@ from omni.model.transformer import project
 from omni.sharding import constrain
 
 Cache = list[tuple[Array, Array]]
+PARTS, REPLIES, NOTHING = 1, 2, 3
+"""At what ends `advance` pauses: `State.ended` that is at least this."""
 PLAUSIBLE = 0.1  # least share of the likeliest id's own probability that an id needs to be drawn under guidance above 1
 
 
@@ -41,7 +43,7 @@ class Settings:
     """What stays the same while no request comes or goes.
 
     Attributes:
-      leader: the slot that each row follows.
+      leader: the slot that each row follows; -1 for none.
       shadow: rows of a request's shadows (its own row where it has fewer).
       weight: what each shadow weighs, by modality (0 where there is none).
       want: wanted modalities, then `rules.end`.
@@ -80,7 +82,7 @@ class State:
       begun: how many of the wanted parts have begun.
       done: whether the slot is free: its reply has ended, or none has begun.
       broken: whether a token came that the grammar does not admit.
-      ended: what the last token ended for some request: a reply (2), a part alone (1) or nothing (0).
+      ended: what the last token ended for some request: a reply (`REPLIES`), a part alone (`PARTS`) or nothing (0).
       steps: tokens that the batch has emitted, several requests' at once counted once.
       seen: ids that stand in the prompt or the reply; without columns where no request has a repetition penalty, and
         then the program has no trace of it.
@@ -104,40 +106,32 @@ class State:
 
 def read_prompts(
     decoder: Decoder,
-    cache: Cache,
-    stream: Float[Array, "rows dim"],
+    state: State,
     rows: Int[Array, " some"],
     ids: Int[Array, "some length"],
     positions: Int[Array, "some length 3"],
     start: Int[Array, " some"],
     last: Int[Array, " some"],
-) -> tuple[Cache, Float[Array, "rows dim"]]:
+) -> State:
     """Some rows read the next tokens of their prompts, right-padded: the first goes to slot `start` of the cache, and
     the stream becomes that of token `last` of them. A row that does not exist reads for nothing."""
-    own = jax.tree.map(lambda stored: constrain(stored[rows], *CACHE_AXES), cache)
+    own = jax.tree.map(lambda stored: constrain(stored[rows], *CACHE_AXES), state.cache)
     left, own = decoder_stream(decoder, ids, positions, start, own, last=last)
-    return _put(cache, own, rows), _put_stream(stream, left[:, 0], rows)
+    return _put(state, rows, own, left[:, 0])
 
 
-def copy_rows(
-    cache: Cache,
-    stream: Float[Array, "rows dim"],
-    sources: Int[Array, " some"],
-    targets: Int[Array, " some"],
-) -> tuple[Cache, Float[Array, "rows dim"]]:
+def copy_rows(state: State, sources: Int[Array, " some"], targets: Int[Array, " some"]) -> State:
     """A prompt that was read once serves other rows; a target that does not exist gets nothing."""
-    own = jax.tree.map(lambda stored: constrain(stored[sources], *CACHE_AXES), cache)
-    return _put(cache, own, targets), _put_stream(stream, stream[sources], targets)
+    own = jax.tree.map(lambda stored: constrain(stored[sources], *CACHE_AXES), state.cache)
+    return _put(state, targets, own, state.stream[sources])
 
 
-def _put(cache: Cache, new: Cache, rows: Int[Array, " some"]) -> Cache:
-    return jax.tree.map(lambda stored, own: constrain(stored.at[rows].set(own, mode="drop"), *CACHE_AXES), cache, new)
-
-
-def _put_stream(
-    stream: Float[Array, "rows dim"], new: Float[Array, "some dim"], rows: Int[Array, " some"]
-) -> Float[Array, "rows dim"]:
-    return constrain(stream.at[rows].set(new, mode="drop"), "batch", None)
+def _put(state: State, rows: Int[Array, " some"], cache: Cache, stream: Float[Array, "some dim"]) -> State:
+    cache = jax.tree.map(
+        lambda stored, own: constrain(stored.at[rows].set(own, mode="drop"), *CACHE_AXES), state.cache, cache
+    )
+    stream = constrain(state.stream.at[rows].set(stream, mode="drop"), "batch", None)
+    return everywhere(replace(state, cache=cache, stream=stream))
 
 
 def enter(
@@ -169,7 +163,18 @@ def enter(
         broken=fresh(False, state.broken),
         seen=fresh(seen, state.seen),
     )
-    return _everywhere(fresh_state)
+    return everywhere(fresh_state)
+
+
+def end(state: State, ends: Bool[Array, " requests"]) -> State:
+    """Ends the replies of some slots as they are."""
+    return everywhere(replace(state, done=state.done | ends))
+
+
+def everywhere(state: State) -> State:
+    """The state with all that the host looks at whole on every device, since a process sees its own devices alone."""
+    looked_at = {name: value for name, value in vars(state).items() if name not in ("cache", "stream")}
+    return replace(state, **{name: constrain(value, *[None] * value.ndim) for name, value in looked_at.items()})
 
 
 def advance(
@@ -181,8 +186,8 @@ def advance(
     n: Int[Array, ""],
     pause: Int[Array, ""],
 ) -> State:
-    """Emits up to `n` tokens for every request not yet done; stops after one that ended at least `pause`, by the
-    numbers of `State.ended`: 1 for parts and replies, 2 for replies alone, 3 for neither."""
+    """Emits up to `n` tokens for every request not yet done; stops after one that ended what `pause` says (`PARTS`,
+    replies among them; `REPLIES`; `NOTHING`)."""
 
     def more(carry: tuple[Int[Array, ""], State]) -> Bool[Array, ""]:
         taken, state = carry
@@ -194,13 +199,7 @@ def advance(
         return taken + 1, read(decoder, rules, settings, state, token)
 
     start = replace(state, ended=jnp.zeros((), jnp.int32))
-    return _everywhere(jax.lax.while_loop(more, body, (jnp.zeros((), jnp.int32), start))[1])
-
-
-def _everywhere(state: State) -> State:
-    """The state with all that the host looks at whole on every device, since a process sees its own devices alone."""
-    looked_at = {name: value for name, value in vars(state).items() if name not in ("cache", "stream")}
-    return replace(state, **{name: constrain(value, *[None] * value.ndim) for name, value in looked_at.items()})
+    return everywhere(jax.lax.while_loop(more, body, (jnp.zeros((), jnp.int32), start))[1])
 
 
 def emit(
@@ -308,10 +307,12 @@ def guided_logits(
 
 
 def read(decoder: Decoder, rules: Rules, settings: Settings, state: State, token: Int[Array, " requests"]) -> State:
-    """Every row reads the token of its slot. Rows of a slot that is done leave their cache as it is: in it may stand
-    what a later request begins with, or half of the prompt of one that is about to."""
-    leader, capacity = settings.leader, state.cache[0][0].shape[2]
+    """Every row reads the token of its slot. Rows of nobody, and of a slot that is done, keep their cache and stream:
+    there may be what a later request begins with, or the prompt of one that is about to begin."""
+    leader, capacity = jnp.maximum(settings.leader, 0), state.cache[0][0].shape[2]
+    idle = (settings.leader < 0) | state.done[leader]
     positions = state.length[:, None] + rules.shift[state.grammar[leader]]
-    slots = jnp.where(state.done[leader], capacity, state.length)
+    slots = jnp.where(idle, capacity, state.length)
     stream, cache = decoder_stream(decoder, token[leader][:, None], positions[:, None], slots, state.cache)
-    return replace(state, cache=cache, stream=stream[:, 0], length=state.length + 1)
+    stream = jnp.where(idle[:, None], state.stream, stream[:, 0])
+    return replace(state, cache=cache, stream=stream, length=state.length + ~idle)

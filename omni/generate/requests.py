@@ -71,6 +71,11 @@ class PreparedRequest:
     stop: Callable[[Int[np.ndarray, " tokens"]], int | None] | None = None
 
     @property
+    def longest_prompt(self) -> int:
+        """Tokens of its prompt or that of a shadow."""
+        return max(len(prompt.ids) for prompt in (self, *self.shadows))
+
+    @property
     def penalises(self) -> bool:
         """Whether there is a repetition penalty in any modality."""
         return bool(np.any(self.repetition_penalty != 1))
@@ -178,13 +183,20 @@ def useful_shadows(request: PreparedRequest) -> list[Shadow]:
     return [shadow for shadow in request.shadows if np.any(shadow.weight[reachable])]
 
 
-def check_request(request: PreparedRequest, grammar: Grammar, context: int | None) -> None:
+def check_request(request: PreparedRequest, grammar: Grammar, context: int | None, capacity: int | None = None) -> None:
     """Refuses what cannot be answered.
+
+    Args:
+      context: most tokens of prompt and reply that the model reads.
+      capacity: most tokens of them that the batch has room for.
 
     Raises:
       UsageError: for settings out of range, and for wanted parts that cannot be or do not fit.
-      OmniError: if prompt and reply together are longer than the model's context.
+      OmniError: if prompt and reply together are too long.
     """
+    for name, value in (("max_tokens", request.max_tokens), ("seed", request.seed)):
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+            raise UsageError(f"{name} is {value!r}; it must be a whole number")
     if request.max_tokens < 1:
         raise UsageError(f"max_tokens is {request.max_tokens}; it must be at least 1")
     ranges = (
@@ -206,12 +218,13 @@ def check_request(request: PreparedRequest, grammar: Grammar, context: int | Non
             raise UsageError(f"stop_tokens are ids in 0..{grammar.vocabulary.size - 1}, not {token}")
     if request.want is not None:
         _check_want(request, grammar)
-    longest = max(len(prompt.ids) for prompt in (request, *request.shadows))
-    if context is not None and longest + request.max_tokens > context:
-        raise OmniError(
-            f"the prompt has {longest} tokens and the reply may have {request.max_tokens}, but the model reads at most "
-            f"{context}; shorten the prompt or lower max_tokens"
-        )
+    longest, needed = request.longest_prompt, request.longest_prompt + request.max_tokens
+    for limit, who in ((context, "the model reads"), (capacity, "this batch has room for")):
+        if limit is not None and needed > limit:
+            raise OmniError(
+                f"the prompt has {longest} tokens and the reply may have {request.max_tokens}, but {who} at most "
+                f"{limit}; shorten the prompt or lower max_tokens"
+            )
 
 
 def _check_want(request: PreparedRequest, grammar: Grammar) -> None:

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Int
 
-from omni.generate.loop import Cache, Settings, State
+from omni.generate.loop import NOTHING, PARTS, REPLIES, Settings, State
+from omni.generate.programs import Programs, power_of_two
 from omni.generate.requests import Generated, PreparedRequest, check_request, useful_shadows
 from omni_tokenizers.errors import UsageError
-
-if TYPE_CHECKING:
-    from omni.generate.engine import Engine
 
 HOP = 16  # tokens after which the host looks whether text that has come ends a reply
 # Prompts are read in pieces of few sizes, of few rows at once, so that few programs are compiled.
 CHUNKS = (32, 128, 512)
 ROWS = (1, 4, 16, 64, 256)
 READING_HOP = 8  # tokens that others emit between two pieces of a prompt
-PARTS, REPLIES, NOTHING = 1, 2, 3  # at whose ends `advance` pauses
+READ_TOKENS = 8192  # tokens of prompts that are read at once, at most
 
 
 @dataclass(frozen=True)
@@ -71,13 +68,23 @@ class Progress:
 
 
 @dataclass(eq=False)
+class _Prompt:
+    """Ids to read into a row, and their positions and grammar states."""
+
+    ids: Int[np.ndarray, " tokens"]
+    positions: Int[np.ndarray, "tokens 3"]
+    states: Int[np.ndarray, " tokens"]
+
+
+@dataclass(eq=False)
 class _Occupant:
-    """A request in a slot, and its rows: its own and those of its shadows."""
+    """A request that waits, or that is in a slot, with its rows: its own and those of its shadows."""
 
     number: int
     request: PreparedRequest
-    rows: list[int]
-    prompts: list[Int[np.ndarray, " tokens"]]
+    prompts: list[_Prompt]
+    """Its own and its shadows'."""
+    rows: list[int] = field(default_factory=list)
     unread: int = 0
     running: bool = False
     cancelled: bool = False
@@ -89,13 +96,17 @@ class _Occupant:
 class _Reading:
     """A prompt that is being read into a row, for that row's occupant and for others that begin alike."""
 
-    ids: Int[np.ndarray, " tokens"]
-    positions: Int[np.ndarray, "tokens 3"]
+    prompt: _Prompt
     row: int
     at: int
     """The next token to read."""
     occupants: list[_Occupant] = field(default_factory=list)
     copies: list[int] = field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        """Tokens to read."""
+        return len(self.prompt.ids) - self.at
 
 
 class Slots:
@@ -110,12 +121,29 @@ class Slots:
       capacity: most tokens of a prompt and its reply.
     """
 
-    def __init__(self, engine: Engine, size: int, shadow_rows: int, capacity: int, columns: Columns):
-        """An empty batch; `shadow_rows` rows are for the shadows of guided requests."""
+    def __init__(
+        self,
+        programs: Programs,
+        size: int,
+        capacity: int,
+        *,
+        shadows: int | None = None,
+        context: int | None = None,
+        requests: Sequence[PreparedRequest] = (),
+    ):
+        """An empty batch.
+
+        Args:
+          shadows: rows for the shadows of guided requests; by default none until one comes, then as many for each slot
+            as it needs.
+          context: what prompts and replies may not exceed in any batch.
+          requests: some that will come, for which it is made wide enough at once.
+        """
         self.size, self.capacity = size, capacity
-        self._engine, self._columns = engine, columns
-        self._rows = size + shadow_rows
-        self._waiting: deque[tuple[int, PreparedRequest]] = deque()
+        self._programs, self._context = programs, context
+        self._columns = Columns.of(requests)
+        self._grows, self._rows = shadows is None, size + programs.padded(shadows or 0)
+        self._waiting: deque[_Occupant] = deque()
         self._occupants: list[_Occupant | None] = [None] * size
         self._readings: list[_Reading] = []
         self._free_rows = set(range(size, self._rows))
@@ -124,6 +152,7 @@ class Slots:
         self._added = 0
         self._settings: Settings | None = None
         self._state: State | None = None
+        self._sizes: tuple[int, ...] = ()
 
     @property
     def busy(self) -> bool:
@@ -136,45 +165,49 @@ class Slots:
         Raises:
           UsageError, OmniError: if it cannot be answered, at all or with this capacity (see `check_request`).
         """
-        limits = [limit for limit in (self.capacity, self._engine.context) if limit is not None]
-        check_request(request, self._engine.grammar, min(limits))
-        if len(useful_shadows(request)) > self._rows - self.size:
+        grammar = self._programs.grammar
+        check_request(request, grammar, self._context, self.capacity)
+        shadows = useful_shadows(request)
+        if not self._grows and len(shadows) > self._rows - self.size:
             raise UsageError(
-                f"guidance of this request takes {len(useful_shadows(request))} more rows, the batch has "
-                f"{self._rows - self.size} for it; open it with more shadows"
+                f"guidance of this request takes {len(shadows)} more rows, the batch has {self._rows - self.size} for "
+                "it; open it with more shadows"
             )
-        self._waiting.append((self._added, request))
+        prompts = []
+        for ids in (request.ids, *(shadow.ids for shadow in shadows)):
+            states = grammar.annotate(ids)
+            prompts.append(_Prompt(np.asarray(ids, np.int32), grammar.positions(states, np.arange(len(ids))), states))
+        self._waiting.append(_Occupant(self._added, request, prompts))
         self._added += 1
         return self._added - 1
 
     def warm_up(self, requests: Sequence[PreparedRequest] = ()) -> None:
         """Compiles all that requests like these will run (by default plain ones, without guidance), so that no reply
         waits for a compiler; nothing is generated."""
+        self._make_room([useful_shadows(request) for request in requests])
         self._columns |= Columns.of(requests)
-        self._settings, self._state = self.settings(), self._widened()
+        self._renew()
         nobody = [size for size in ROWS if size < self._rows * 2]
         for rows in (self._padded([self._rows] * size) for size in nobody):
             zeros = np.zeros(len(rows), np.int32)
-            for size in (size for size in CHUNKS if size < self.capacity * 2):
-                ids = np.full((len(rows), size), self._engine.rules.pad, np.int32)
+            for size in (size for size in CHUNKS if size < self.capacity * 2 and len(rows) * size <= READ_TOKENS):
+                ids = np.full((len(rows), size), self._programs.rules.pad, np.int32)
                 pieces = rows, ids, np.zeros((*ids.shape, 3), np.int32), zeros, zeros
-                self._place(*self._engine.read_prompts(self._state.cache, self._state.stream, *pieces))
-            self._place(*self._engine.copy_rows(self._state.cache, self._state.stream, zeros, rows))
+                self._state = self._programs.read_prompts(self._state, *pieces)
+            self._state = self._programs.copy_rows(self._state, zeros, rows)
         self._enter([])
-        if not self.busy:
-            self._state = self._engine.run_loop(self._settings, self._state, 1, NOTHING)
+        self._state = self._programs.end(self._state, np.zeros(self.size, bool))
+        self._state = self._programs.advance(self._settings, self._state, 0, NOTHING)
 
     def cancel(self, number: int) -> None:
         """Drops a request that waits or is being answered; of one that has ended nothing is left to drop."""
-        self._waiting = deque(each for each in self._waiting if each[0] != number)
+        self._waiting = deque(each for each in self._waiting if each.number != number)
         for slot, occupant in enumerate(self._occupants):
             if occupant and occupant.number == number and not occupant.running:
                 occupant.cancelled = True  # others may wait for what it reads
             elif occupant and occupant.number == number:
-                done = np.array(self._state.done)
-                done[slot] = True
                 emitted = np.array(self._state.tokens)[slot, : np.array(self._state.count)[slot]]
-                self._state = replace(self._state, done=done)
+                self._state = self._programs.end(self._state, np.arange(self.size) == slot)
                 self._leave(slot, occupant, emitted)
 
     def step(self, hop: int | None = None, *, parts: bool = False) -> list[Progress]:
@@ -183,7 +216,12 @@ class Slots:
         Args:
           hop: most tokens that each request emits.
           parts: stops at the end of every part.
+
+        Raises:
+          UsageError: a hop that is no number of tokens.
         """
+        if hop is not None and not (is_whole(hop) and hop >= 1):
+            raise UsageError(f"hop is a whole number of tokens, at least 1, not {hop!r}")
         self._admit()
         if self._readings:
             self._read()
@@ -195,8 +233,8 @@ class Slots:
         limits += [HOP] if any(each.request.stop for each in running) else []
         pause = PARTS if parts else REPLIES if self._waiting or self._readings else NOTHING
         steps = int(self._state.steps)
-        self._state = self._engine.run_loop(self._settings, self._state, min(limits, default=self.capacity), pause)
-        self._engine.counts["steps"] += int(self._state.steps) - steps
+        self._state = self._programs.advance(self._settings, self._state, min(limits, default=self.capacity), pause)
+        self._programs.counts["steps"] += int(self._state.steps) - steps
         return self._collect()
 
     # Joining
@@ -205,24 +243,46 @@ class Slots:
         """Gives free slots to those that wait, in their order."""
         joined = False
         while self._waiting and (free := [slot for slot, each in enumerate(self._occupants) if each is None]):
-            number, request = self._waiting[0]
-            shadows = useful_shadows(request)
+            occupant = self._waiting[0]
+            shadows = occupant.prompts[1:]
+            self._make_room([shadows])
             if len(shadows) > len(self._free_rows):
                 break
             self._waiting.popleft()
-            rows = [self._best(free, request.ids)]
+            occupant.rows = [self._best(free, occupant.prompts[0].ids)]
             for shadow in shadows:
-                rows.append(self._best(self._free_rows, shadow.ids))
-                self._free_rows.remove(rows[-1])
-            occupant = _Occupant(number, request, rows, [request.ids, *(shadow.ids for shadow in shadows)])
-            self._occupants[rows[0]] = occupant
-            self._columns |= Columns.of([request])
-            for row, ids in zip(rows, occupant.prompts, strict=True):
-                self._line_up(occupant, row, np.asarray(ids, np.int32))
+                occupant.rows.append(self._best(self._free_rows, shadow.ids))
+                self._free_rows.remove(occupant.rows[-1])
+            self._occupants[occupant.rows[0]] = occupant
+            self._columns |= Columns.of([occupant.request])
+            for row, prompt in zip(occupant.rows, occupant.prompts, strict=True):
+                self._line_up(occupant, row, prompt)
             joined = True
         if joined:
-            self._settings = self.settings()
-            self._state = self._widened()
+            self._renew()
+
+    def _make_room(self, shadows: Sequence[Sequence]) -> None:
+        """Adds rows for shadows, if the batch may grow, so that every slot has as many as one of these requests."""
+        most = max(map(len, shadows), default=0)
+        rows = self.size + self._programs.padded(self.size * most)
+        if self._grows and most and rows > self._rows:
+            self._free_rows |= set(range(self._rows, rows))
+            self._held += [np.zeros(0, np.int32)] * (rows - self._rows)
+            self._left += [-1] * (rows - self._rows)
+            self._rows = rows
+            if self._state is not None:
+                self._renew()
+
+    def _renew(self) -> None:
+        """Settings and state for those that are there now, as wide as they need."""
+        columns, vocabulary = self._columns, self._programs.grammar.vocabulary.size
+        sizes = self._rows, self.size, self.capacity
+        sizes = *sizes, vocabulary * columns.seen, self.capacity * columns.log_probabilities
+        if self._state is None:
+            self._state = self._programs.empty(*sizes)
+        elif sizes != self._sizes:
+            self._state = self._programs.widened(self._state, *sizes)
+        self._sizes, self._settings = sizes, self.settings()
 
     def _best(self, rows: Iterable[int], ids: Int[np.ndarray, " tokens"]) -> int:
         """The row that holds most of the beginning of a prompt and little besides; else the one used longest ago."""
@@ -233,36 +293,36 @@ class Slots:
 
         return max(rows, key=worth)
 
-    def _line_up(self, occupant: _Occupant, row: int, ids: Int[np.ndarray, " tokens"]) -> None:
+    def _line_up(self, occupant: _Occupant, row: int, prompt: _Prompt) -> None:
         occupant.unread += 1
         for reading in self._readings:
-            if np.array_equal(reading.ids, ids):
+            if np.array_equal(reading.prompt.ids, prompt.ids):
                 reading.occupants.append(occupant)
                 reading.copies.append(row)
                 return
-        grammar = self._engine.grammar
-        positions = grammar.positions(grammar.annotate(ids), np.arange(len(ids)))
-        start = min(_shared(self._held[row], ids), len(ids) - 1)  # one token at least, for the stream after it
-        self._readings.append(_Reading(ids, positions, row, start, [occupant]))
+        # One token at least, for the stream after it.
+        start = min(_shared(self._held[row], prompt.ids), len(prompt.ids) - 1)
+        self._readings.append(_Reading(prompt, row, start, [occupant]))
 
     # Reading
 
     def _read(self) -> None:
-        """The next piece of every prompt; those whose prompts are read begin to emit."""
+        """The next piece of every prompt, or of some while others answer; requests whose prompts are read begin."""
+        answering = any(each and each.running for each in self._occupants)
         by_size: dict[int, list[_Reading]] = {}
         for reading in self._readings:
-            by_size.setdefault(piece(len(reading.ids) - reading.at, CHUNKS), []).append(reading)
-        for size, readings in by_size.items():
-            for some in _split(readings):
-                self._read_pieces(some, size)
-        finished = [reading for reading in self._readings if reading.at == len(reading.ids)]
-        self._readings = [reading for reading in self._readings if reading.at < len(reading.ids)]
+            by_size.setdefault(piece(reading.left, CHUNKS), []).append(reading)
+        pieces = [(some, size) for size, each in by_size.items() for some in _split(each, READ_TOKENS // size)]
+        for some, size in pieces[: 1 if answering else None]:
+            self._read_pieces(some, size)
+        finished = [reading for reading in self._readings if not reading.left]
+        self._readings = [reading for reading in self._readings if reading.left]
         for pairs in _split([(reading.row, target) for reading in finished for target in reading.copies]):
             sources, targets = (self._padded(list(rows)) for rows in zip(*pairs, strict=True))
-            self._place(*self._engine.copy_rows(self._state.cache, self._state.stream, sources, targets))
+            self._state = self._programs.copy_rows(self._state, sources, targets)
         for reading in finished:
             for row in (reading.row, *reading.copies):
-                self._held[row] = reading.ids
+                self._held[row] = reading.prompt.ids
             for occupant in reading.occupants:
                 occupant.unread -= 1
         ready = [each for each in self._occupants if each and not each.running and not each.unread]
@@ -274,50 +334,46 @@ class Slots:
 
     def _read_pieces(self, readings: Sequence[_Reading], size: int) -> None:
         rows = self._padded([reading.row for reading in readings])
-        ids = np.full((len(rows), size), self._engine.rules.pad, np.int32)
+        ids = np.full((len(rows), size), self._programs.rules.pad, np.int32)
         positions = np.zeros((len(rows), size, 3), np.int32)
         start, last = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32)
         for i, reading in enumerate(readings):
-            read = slice(reading.at, reading.at + size)
-            count = len(reading.ids[read])
-            ids[i, :count], positions[i, :count] = reading.ids[read], reading.positions[read]
+            read, prompt = slice(reading.at, reading.at + size), reading.prompt
+            count = len(prompt.ids[read])
+            ids[i, :count], positions[i, :count] = prompt.ids[read], prompt.positions[read]
             start[i], last[i] = reading.at, count - 1
             reading.at += count
-            self._engine.counts["read"] += count
-        pieces = rows, ids, positions, start, last
-        self._place(*self._engine.read_prompts(self._state.cache, self._state.stream, *pieces))
+            self._programs.counts["read"] += count
+        self._state = self._programs.read_prompts(self._state, rows, ids, positions, start, last)
 
     def _padded(self, rows: list[int]) -> Int[np.ndarray, " rows"]:
         """The rows, then one that does not exist, in one of the sizes in which rows are read and copied."""
-        size = self._engine.padded(next(size for size in ROWS if len(rows) <= size))
+        size = self._programs.padded(next(size for size in ROWS if len(rows) <= size))
         return np.array(rows + [self._rows] * (size - len(rows)), np.int32)
-
-    def _place(self, cache: Cache, stream: Float[Array, "rows dim"]) -> None:
-        self._state = replace(self._state, cache=cache, stream=stream)
 
     def _enter(self, occupants: Sequence[_Occupant]) -> None:
         begins, grammar = np.zeros(self.size, bool), np.zeros(self.size, np.int32)
         length = np.full(self._rows, -1, np.int32)
         seen = np.zeros(self._state.seen.shape, bool)
         for occupant in occupants:
-            slot, ids = occupant.rows[0], occupant.request.ids
-            begins[slot], grammar[slot] = True, self._engine.grammar.annotate(ids)[-1]
+            slot, own = occupant.rows[0], occupant.prompts[0]
+            begins[slot], grammar[slot] = True, own.states[-1]
             for row, prompt in zip(occupant.rows, occupant.prompts, strict=True):
-                length[row] = len(prompt)
+                length[row] = len(prompt.ids)
             if seen.size:
-                seen[slot, ids] = True
+                seen[slot, own.ids] = True
             occupant.running = True
-        self._state = self._engine.enter(self._state, begins, grammar, length, seen)
+        self._state = self._programs.enter(self._state, begins, grammar, length, seen)
 
     # Leaving
 
     def _collect(self) -> list[Progress]:
         """What is new of each request; those that have ended leave."""
-        state, grammar = self._state, self._engine.grammar
+        state, grammar = self._state, self._programs.grammar
         tokens, counts, done = np.array(state.tokens), np.array(state.count), np.array(state.done)
         whole = ~np.array(state.broken) & (grammar.tables.cost[np.array(state.grammar)] == 0)
         drawn = np.array(state.log_probabilities)
-        found, stopped = [], False
+        found, stopped = [], np.zeros(self.size, bool)
         for slot, occupant in enumerate(self._occupants):
             if occupant is None or not occupant.running:
                 continue
@@ -326,21 +382,20 @@ class Slots:
             new, reply = tokens[slot, occupant.given : count if end is None else end], None
             occupant.given += len(new)
             if done[slot] or end is not None:
-                stopped |= not done[slot]
-                done[slot], kept = True, slice(occupant.given)
+                stopped[slot], kept = not done[slot], slice(occupant.given)
                 log_probabilities = drawn[slot, kept] if request.log_probabilities else None
                 well_formed = bool(whole[slot]) or (end is not None and end < count)  # what a stop keeps, parses
                 reply = Generated(emitted[kept], well_formed, log_probabilities)
                 self._leave(slot, occupant, emitted)
             if len(new) or reply:
                 found.append(Progress(occupant.number, new, reply))
-        if stopped:
-            self._state = replace(self._state, done=done)
+        if stopped.any():
+            self._state = self._programs.end(self._state, stopped)
         return sorted(found, key=lambda progress: progress.number)
 
     def _leave(self, slot: int, occupant: _Occupant, emitted: Int[np.ndarray, " tokens"]) -> None:
         for row, prompt in zip(occupant.rows, occupant.prompts, strict=True):
-            self._held[row] = np.concatenate([prompt, emitted[:-1]])  # nothing has read the last one
+            self._held[row] = np.concatenate([prompt.ids, emitted[:-1]])  # nothing has read the last one
             self._left[row] = occupant.number
         self._occupants[slot] = None
         self._free_rows.update(occupant.rows[1:])
@@ -350,7 +405,7 @@ class Slots:
     def settings(self) -> Settings:
         """The settings of all slots as arrays; nothing looks at those of a free one."""
         occupied = [(slot, each.request) for slot, each in enumerate(self._occupants) if each]
-        columns, rules = self._columns, self._engine.rules
+        columns, rules = self._columns, self._programs.rules
         want = np.full((self.size, columns.wants + 1), rules.end, np.int32)
         reserve = np.zeros((self.size, columns.wants + 2), np.int32)
         stops = np.full((self.size, columns.stops), -1, np.int32)
@@ -358,7 +413,7 @@ class Slots:
             stops[slot, : len(request.stop_tokens)] = request.stop_tokens
             if request.want is not None:
                 want[slot, : len(request.want)] = request.want
-                needs = [*self._engine.grammar.tables.minimum[list(request.want)], 1]
+                needs = [*self._programs.grammar.tables.minimum[list(request.want)], 1]
                 reserve[slot, : len(needs)] = np.cumsum(needs[::-1])[::-1]
 
         def column(values: Sequence, dtype, *shape: int) -> np.ndarray:
@@ -377,7 +432,7 @@ class Slots:
             free=column([request.want is None for _, request in occupied], bool),
             constrained=column([request.constrained for _, request in occupied], bool),
             limit=column([request.max_tokens for _, request in occupied], np.int32),
-            seed=column([request.seed % 2**32 for _, request in occupied], np.uint32),
+            seed=column([int(request.seed) % 2**32 for _, request in occupied], np.uint32),
             temperature=by_modality("temperature", np.float32),
             top_k=by_modality("top_k", np.int32),
             top_p=by_modality("top_p", np.float32),
@@ -387,53 +442,15 @@ class Slots:
         )
 
     def _guidance(self) -> dict[str, np.ndarray]:
-        """Who follows whom, and with what weight; a row that shadows nobody follows the first slot for nothing."""
-        leader = np.concatenate([np.arange(self.size), np.zeros(self._rows - self.size)]).astype(np.int32)
+        """Who follows whom, and with what weight; a row that shadows nobody follows none."""
+        leader = np.concatenate([np.arange(self.size), np.full(self._rows - self.size, -1)]).astype(np.int32)
         shadow = np.tile(np.arange(self.size, dtype=np.int32)[:, None], self._columns.shadows)
-        weight = np.zeros((self.size, self._columns.shadows, self._engine.rules.modalities), np.float32)
+        weight = np.zeros((self.size, self._columns.shadows, self._programs.rules.modalities), np.float32)
         for slot, occupant in enumerate(self._occupants):
             shadows = zip(occupant.rows[1:], useful_shadows(occupant.request), strict=True) if occupant else ()
             for place, (row, each) in enumerate(shadows):
                 leader[row], shadow[slot, place], weight[slot, place] = slot, row, each.weight
         return {"leader": leader, "shadow": shadow, "weight": weight}
-
-    def _widened(self) -> State:
-        """The state, with the columns that are needed by now."""
-        if self._state is None:
-            return self.state(*self._engine.empty(self._rows, self.capacity))
-        seen, log_probabilities = self._seen_and_drawn()
-        if seen.shape != self._state.seen.shape:
-            self._state = replace(self._state, seen=seen)
-        if log_probabilities.shape != self._state.log_probabilities.shape:
-            self._state = replace(self._state, log_probabilities=log_probabilities)
-        return self._state
-
-    def state(self, cache: Cache, stream: Float[Array, "rows dim"]) -> State:
-        """Nothing has been emitted yet."""
-        requests, none = self.size, np.zeros((), np.int32)
-        seen, log_probabilities = self._seen_and_drawn()
-        return State(
-            cache=cache,
-            stream=stream,
-            length=np.zeros(self._rows, np.int32),
-            tokens=np.full((requests, self.capacity), self._engine.rules.pad, np.int32),
-            count=np.zeros(requests, np.int32),
-            grammar=np.zeros(requests, np.int32),
-            begun=np.zeros(requests, np.int32),
-            done=np.ones(requests, bool),
-            broken=np.zeros(requests, bool),
-            ended=none,
-            steps=none,
-            seen=seen,
-            log_probabilities=log_probabilities,
-        )
-
-    def _seen_and_drawn(self) -> tuple[Bool[np.ndarray, "slots _"], Float[np.ndarray, "slots _"]]:
-        columns, vocabulary = self._columns, len(self._engine.rules.class_of)
-        return (
-            np.zeros((self.size, vocabulary if columns.seen else 0), bool),
-            np.zeros((self.size, self.capacity if columns.log_probabilities else 0), np.float32),
-        )
 
 
 def _shared(held: Int[np.ndarray, " held"], ids: Int[np.ndarray, " tokens"]) -> int:
@@ -448,14 +465,15 @@ def piece(n: int, sizes: Sequence[int]) -> int:
     return max((size for size in sizes if n > size // 2), default=sizes[0])
 
 
-def _split(items: list) -> Iterator[list]:
-    """In the numbers of rows that are read or copied at once."""
+def _split(items: list, most: int = ROWS[-1]) -> Iterator[list]:
+    """In the numbers of rows that are read or copied at once, `most` of them at most."""
+    sizes = [size for size in ROWS if size <= max(most, 1)]
     while items:
-        count = piece(len(items), ROWS)
+        count = piece(len(items), sizes)
         yield items[:count]
         items = items[count:]
 
 
-def power_of_two(n: int) -> int:
-    """The least power of two that is at least n; 0 for 0."""
-    return 0 if n == 0 else 1 << (n - 1).bit_length()
+def is_whole(value) -> bool:
+    """Whether this is a whole number."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

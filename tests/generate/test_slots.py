@@ -68,17 +68,29 @@ class Compilations:
 
     def __init__(self):
         self.count = 0
+
+    def __enter__(self):
         jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_):
+        jax.monitoring.unregister_event_duration_listener(self._listen)
 
     def _listen(self, event: str, duration: float, **_) -> None:
         self.count += event == "/jax/core/compile/backend_compile_duration"
 
 
-def test_arrivals_through_eight_slots_are_answered_as_each_alone(model, grammar):
+@pytest.fixture
+def compilations():
+    with Compilations() as found:
+        yield found
+
+
+def test_arrivals_through_eight_slots_are_answered_as_each_alone(model, grammar, compilations):
     """Two hundred at random times, of every kind: the replies are those of each alone, nothing is compiled after a
     warm-up, and the tokens take less than 2/3 of the steps that batches of eight in the order of arrival take."""
     engine = Engine(make_decoder(model), grammar)
-    batch, compilations = engine.open(8, capacity=ROOM), Compilations()
+    batch = engine.open(8, capacity=ROOM)
     requests = arrivals(grammar, 200, seed=2)
     batch.warm_up(requests)
     before = compilations.count
@@ -94,6 +106,87 @@ def test_arrivals_through_eight_slots_are_answered_as_each_alone(model, grammar)
     lengths = [len(reply.ids) for reply in replies]
     in_batches = sum(max(lengths[start : start + 8]) for start in range(0, len(lengths), 8))
     assert steps * 1.5 < in_batches
+
+
+def test_a_warm_batch_compiles_nothing_where_weights_are_kept_on_a_device(model, grammar, compilations):
+    """Nor where replies are stopped and cancelled: arrays go from program to program, never by way of the host."""
+    engine = Engine(jax.device_put(make_decoder(model), jax.devices()[0]), grammar)
+    requests = arrivals(grammar, 20, seed=3)
+    requests[3] = replace(requests[3], stop=lambda ids: 1)
+    batch = engine.open(4, capacity=ROOM)
+    batch.warm_up(requests)
+    before = compilations.count
+    answer(batch, requests, np.random.default_rng(2))
+    number = batch.add(requests[0])
+    batch.step(1)
+    batch.cancel(number)
+    answer(batch, requests[:5], np.random.default_rng(3))
+    assert compilations.count == before > 3
+
+
+def test_what_is_read_waits_unharmed_for_the_rest(model, grammar, monkeypatch):
+    """A guided request, whose two prompts take different times to read, waits while another one emits tokens: its first
+    token, guided, is drawn from both."""
+    monkeypatch.setattr(slots, "CHUNKS", (2, 8))
+    shadows = unconditional_shadow(prompt(grammar, 0), np.array([0.3, 3, 1.5], np.float32))
+    guided = request(grammar, prompt(grammar, 3, *["text", "image", "audio"] * 4), want=(TEXT,), shadows=shadows)
+    busy = request(grammar, prompt(grammar, 1), want=(TEXT, IMAGE), max_tokens=60)
+    batch = Engine(make_decoder(model), grammar).open(2, capacity=ROOM)
+    batch.add(busy)
+    batch.step(2)
+    batch.add(guided)
+    replies = [progress.reply for _ in range(99) if batch.busy for progress in batch.step(4) if progress.reply]
+    found = {tuple(reply.ids.tolist()) for reply in replies}
+    assert found == {tuple(slow_generate(model, grammar, asked)) for asked in (busy, guided)}
+
+
+def test_what_was_read_for_one_that_was_cancelled_stays_true(model, grammar, monkeypatch):
+    """Its shadow's row was read and never used; others come and go before a request begins with what it holds."""
+    monkeypatch.setattr(slots, "CHUNKS", (2, 8))
+    long = prompt(grammar, 3, *["text", "image", "audio"] * 4)
+    shadow = (Shadow(prompt(grammar, 5, "text", "image"), np.array([-1, -2, -1], np.float32)),)
+    engine = Engine(make_decoder(model), grammar)
+    batch = engine.open(1, capacity=ROOM, shadows=1)
+    number = batch.add(request(grammar, long, want=(IMAGE,), shadows=shadow))
+    for _ in range(3):
+        batch.step(1)
+    batch.cancel(number)
+    plain = request(grammar, prompt(grammar, 1, "text"), want=(IMAGE, TEXT), seed=2)
+    guided = request(grammar, prompt(grammar, 2, "audio"), want=(IMAGE,), shadows=shadow, seed=1)
+    before = engine.counts["read"]
+    replies = answer(batch, [plain], np.random.default_rng(0)) + answer(batch, [guided], np.random.default_rng(0))
+    assert [reply.ids.tolist() for reply in replies] == [
+        slow_generate(model, grammar, each) for each in (plain, guided)
+    ]
+    rest = len(long) - 3 * 8  # of the prompt that was being read
+    assert engine.counts["read"] - before <= max(rest, 0) + len(plain.ids) + len(guided.ids) + 1
+
+
+def test_a_request_that_cannot_be_is_refused_on_arrival(model, grammar):
+    """Ids that are no document, and numbers that are none, are never half admitted; impossible sizes are refused."""
+    engine = Engine(make_decoder(model), grammar)
+    batch = engine.open(1, capacity=ROOM)
+    asked = request(grammar, prompt(grammar, 1, "text"), want=(TEXT,), max_tokens=9)
+    for wrong in ({"ids": asked.ids[1:]}, {"seed": "a"}, {"seed": None}, {"max_tokens": 5.5}):
+        with pytest.raises(OmniError):
+            batch.add(replace(asked, **wrong))
+    assert not batch.busy
+    typed = batch.add(replace(asked, seed=np.int32(3)))
+    with pytest.raises(UsageError, match="hop"):
+        batch.step(-1)
+    while batch.busy:
+        found = batch.step()
+    assert found[-1].number == typed
+    assert found[-1].reply.ids.tolist() == engine.generate([replace(asked, seed=3)])[0].ids.tolist()
+    for sizes in (
+        {"slots": 0},
+        {"slots": -3},
+        {"slots": 1.5},
+        {"slots": 1, "shadows": -1},
+        {"slots": 1, "capacity": 0},
+    ):
+        with pytest.raises(UsageError, match="is a whole number"):
+            engine.open(**({"capacity": ROOM} | sizes))
 
 
 def test_prompts_in_pieces_while_others_answer(model, grammar, monkeypatch):
@@ -162,7 +255,7 @@ def test_what_a_slot_cannot_hold_is_refused_on_arrival(model, grammar):
     """Before it waits; the others are answered."""
     batch = Engine(make_decoder(model), grammar, context=40).open(2, capacity=64)
     asked = request(grammar, prompt(grammar, 1, "text"), want=(TEXT,), max_tokens=9)
-    with pytest.raises(OmniError, match="at most 40"):
+    with pytest.raises(OmniError, match="the model reads at most 40"):
         batch.add(replace(asked, max_tokens=60))
     assert len(answer(batch, [asked], np.random.default_rng(0))) == 1 and not batch.busy
 
