@@ -125,19 +125,23 @@ def test_a_warm_batch_compiles_nothing_where_weights_are_kept_on_a_device(model,
 
 
 def test_what_is_read_waits_unharmed_for_the_rest(model, grammar, monkeypatch):
-    """A guided request, whose two prompts take different times to read, waits while another one emits tokens: its first
-    token, guided, is drawn from both."""
+    """Guided requests, whose two prompts take different times to read, wait while another one emits tokens: their first
+    tokens, guided, are drawn from both."""
     monkeypatch.setattr(slots, "CHUNKS", (2, 8))
     shadows = unconditional_shadow(prompt(grammar, 0), np.array([0.3, 3, 1.5], np.float32))
-    guided = request(grammar, prompt(grammar, 3, *["text", "image", "audio"] * 4), want=(TEXT,), shadows=shadows)
-    busy = request(grammar, prompt(grammar, 1), want=(TEXT, IMAGE), max_tokens=60)
-    batch = Engine(make_decoder(model), grammar).open(2, capacity=ROOM)
+    ids = prompt(grammar, 3, *["text", "image", "audio"] * 4)
+    guided = [request(grammar, ids, want=(TEXT,), shadows=shadows, seed=seed, max_tokens=4) for seed in range(6)]
+    busy = request(grammar, prompt(grammar, 1), want=(AUDIO,) * 9, max_tokens=110)
+    batch = Engine(make_decoder(model), grammar).open(8, capacity=ROOM)
     batch.add(busy)
     batch.step(2)
-    batch.add(guided)
-    replies = [progress.reply for _ in range(99) if batch.busy for progress in batch.step(4) if progress.reply]
-    found = {tuple(reply.ids.tolist()) for reply in replies}
-    assert found == {tuple(slow_generate(model, grammar, asked)) for asked in (busy, guided)}
+    for asked in guided:
+        batch.add(asked)
+    found = [progress for _ in range(99) if batch.busy for progress in batch.step(2) if progress.reply]
+    assert found[-1].number == 0, "it is busy until the others are done"
+    replies = {progress.number: progress.reply.ids.tolist() for progress in found}
+    expected = [slow_generate(model, grammar, asked) for asked in (busy, *guided)]
+    assert replies == dict(enumerate(expected)) and len({tuple(ids) for ids in expected}) > 4
 
 
 def test_what_was_read_for_one_that_was_cancelled_stays_true(model, grammar, monkeypatch):
