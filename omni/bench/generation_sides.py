@@ -146,20 +146,23 @@ class Theirs(TheirProcess):
         return self._generate(prompts, "text", tokens, "dynamic cache", do_sample=False)[0, -tokens:].tolist()
 
     def first(self, work: Work) -> str:
-        """Finds the fastest way, each tried after what it compiles."""
+        """Finds the fastest way, each tried after what it compiles; that of pictures on texts, which are shorter."""
+        tried = work if work.kind == "prompt" else dataclasses.replace(work, kind="text")
         seconds = {}
         for way in ("dynamic cache", "static cache", "static cache, compiled"):
             try:
-                self._run(work, way)
+                self._run(tried, way)
             except Exception as error:  # no compiler for torch.compile, which says so in many ways
                 if "compiled" not in way:
                     raise
                 print(f"torch.compile cannot be used: {str(error).splitlines()[0]}", flush=True)
                 continue
             start = time.perf_counter()
-            self._run(work, way)
+            self._run(tried, way)
             seconds[way] = time.perf_counter() - start
         self.way = min(seconds, key=seconds.get)
+        if tried != work:
+            self._run(work, self.way)
         return self.way
 
     def turn(self, work: Work) -> float:
