@@ -32,3 +32,13 @@ def test_quantizers():
     ]
     _, _, table = (DOCS / "tokenizers.md").read_text().partition("| quantiser | PSNR, dB |")
     assert table.split("\n\n")[0].splitlines()[2:] == expected
+
+
+def test_videos():
+    """The recipe's row and that of k-means."""
+    results = json.loads((DOCS / "results" / "tokenizers" / "videos.json").read_text())
+    _, _, table = (DOCS / "tokenizers.md").read_text().partition("| 24 moves of 17 frames over held-out photos")
+    rows = table.split("\n\n")[0].splitlines()[2:]
+    for row, found in zip(rows, (results["tokenizer"], results["k_means"]), strict=True):
+        figures = f"{results['bits_per_pixel']:.3f} | {found['psnr']:.2f} | {found['psnr_of_first_frames']:.2f} |"
+        assert row.endswith(figures)
