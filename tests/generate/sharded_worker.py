@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from reference import IMAGE, PLAIN, TEXT, make_grammar, make_model, prompt, request
 
-from omni.generate import Engine, unconditional_shadow
+from omni.generate import Engine, rules, unconditional_shadow
 from omni.model import decoder_on, make_decoder
 from omni.sharding import MeshConfig, ShardingRules, make_mesh
 from omni.train.distributed import join
@@ -29,6 +29,7 @@ MESHES = {
 def main() -> None:
     if len(sys.argv) > 1:
         join(False, sys.argv[1], *map(int, sys.argv[2:]))
+        rules.SLICED = 1  # the head in parts, too
     grammar = make_grammar(PLAIN)
     model = make_model(grammar.vocabulary.size, seed=1)
     shadows = unconditional_shadow(prompt(grammar, 0), np.array([1, 3, 1.5], np.float32))

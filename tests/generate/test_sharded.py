@@ -45,7 +45,7 @@ def test_same_replies_on_every_mesh(found):
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_same_replies_of_two_processes(found):
-    """Four devices each, tensor 4 x data 2 over both: each has all replies, and they are those of one device."""
+    """Four devices each, tensor 4 x data 2 over both, and a sliced head: each has all replies, those of one device."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
