@@ -96,7 +96,7 @@ class Ours(OurProcess):
     def _run(self, work: Work) -> None:
         prompts = work.prompts()
         if work.kind == "prompt":
-            self.engine.generate([self._request(ids, "text", 1) for ids in prompts])
+            self.engine.generate([self._request(ids, None, 0) for ids in prompts])
             return
         texts, _ = work.split()
         requests = [
@@ -107,7 +107,9 @@ class Ours(OurProcess):
         if [len(reply.ids) for reply in replies] != [request.max_tokens for request in requests]:
             raise OmniError("a reply ended before it was as long as the other side's; choose another seed")
 
-    def _request(self, ids: Int[np.ndarray, " tokens"], want: str, tokens: int, seed: int = 0, temperature=TEMPERATURE):
+    def _request(
+        self, ids: Int[np.ndarray, " tokens"], want: str | None, tokens: int, seed: int = 0, temperature=TEMPERATURE
+    ):
         from omni.generate import PreparedRequest
 
         modalities = self.model.grammar.modalities
@@ -118,7 +120,8 @@ class Ours(OurProcess):
         settings = {"temperature": every(temperature), "top_p": every(TOP_P), "top_k": every(0).astype(np.int32)}
         settings |= {"min_p": every(0), "repetition_penalty": every(1)}
         # One token more than is asked for: the end.
-        return PreparedRequest(ids, tokens + 1, **settings, want=(modalities.index(want),), seed=seed)
+        order = None if want is None else (modalities.index(want),)
+        return PreparedRequest(ids, tokens + 1, **settings, want=order, seed=seed)
 
 
 class Theirs(TheirProcess):

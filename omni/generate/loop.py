@@ -115,23 +115,24 @@ def read_prompts(
 ) -> State:
     """Some rows read the next tokens of their prompts, right-padded: the first goes to slot `start` of the cache, and
     the stream becomes that of token `last` of them. A row that does not exist reads for nothing."""
-    own = jax.tree.map(lambda stored: constrain(stored[rows], *CACHE_AXES), state.cache)
-    left, own = decoder_stream(decoder, ids, positions, start, own, last=last)
-    return _put(state, rows, own, left[:, 0])
+    stream, cache = decoder_stream(decoder, ids, positions, start, state.cache, last, rows)
+    return everywhere(replace(state, cache=cache, stream=_put(state.stream, rows, stream[:, 0])))
 
 
 def copy_rows(state: State, sources: Int[Array, " some"], targets: Int[Array, " some"]) -> State:
     """A prompt that was read once serves other rows; a target that does not exist gets nothing."""
-    own = jax.tree.map(lambda stored: constrain(stored[sources], *CACHE_AXES), state.cache)
-    return _put(state, targets, own, state.stream[sources])
+
+    def copied(stored: Array) -> Array:
+        return constrain(stored.at[targets].set(stored[sources], mode="drop"), *CACHE_AXES)
+
+    stream = _put(state.stream, targets, state.stream[sources])
+    return everywhere(replace(state, cache=jax.tree.map(copied, state.cache), stream=stream))
 
 
-def _put(state: State, rows: Int[Array, " some"], cache: Cache, stream: Float[Array, "some dim"]) -> State:
-    cache = jax.tree.map(
-        lambda stored, own: constrain(stored.at[rows].set(own, mode="drop"), *CACHE_AXES), state.cache, cache
-    )
-    stream = constrain(state.stream.at[rows].set(stream, mode="drop"), "batch", None)
-    return everywhere(replace(state, cache=cache, stream=stream))
+def _put(
+    stream: Float[Array, "rows dim"], rows: Int[Array, " some"], new: Float[Array, "some dim"]
+) -> Float[Array, "rows dim"]:
+    return constrain(stream.at[rows].set(new, mode="drop"), "batch", None)
 
 
 def enter(

@@ -215,11 +215,18 @@ def segment_mask(
     return (earlier & (own[:, :, None] == segments[:, None, :]))[:, None]
 
 
-def write_cache(cache: Cache, key: KeyValueHeads, value: KeyValueHeads, slots: Int[Array, "rows length"]) -> Cache:
-    """Put token i of each row in its slot; slots beyond the capacity are dropped, never wrapped or clamped."""
-    rows = jnp.arange(slots.shape[0])[:, None]
+def write_cache(
+    cache: Cache,
+    key: KeyValueHeads,
+    value: KeyValueHeads,
+    slots: Int[Array, "rows length"],
+    rows: Int[Array, " rows"] | None = None,
+) -> Cache:
+    """Put token i of each row in its slot of the cache's rows (by default all, in order); rows that do not exist and
+    slots beyond the capacity are dropped, never wrapped or clamped."""
+    rows = jnp.arange(slots.shape[0]) if rows is None else rows
     return tuple(
-        old.at[rows, :, slots].set(new.astype(old.dtype), mode="drop")
+        old.at[rows[:, None], :, slots].set(new.astype(old.dtype), mode="drop")
         for old, new in zip(cache, (key, value), strict=True)
     )
 

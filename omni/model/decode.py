@@ -122,12 +122,14 @@ def decoder_stream(
     slots: Int[Array, " rows"],
     cache: list[Cache],
     last: Int[Array, " rows"] | None = None,
+    cache_rows: Int[Array, " rows"] | None = None,
 ) -> tuple[Stream, list[Cache]]:
     """The stream after its final norm, whose products with the head are logits, and the cache with these tokens in it.
 
     Token i of row r goes to slot slots[r] + i and sees slots 0 .. slots[r] + i. A right-padded prompt is a call with
     slots 0: what padding leaves in the cache lies in later slots, which later tokens overwrite before they see them.
-    With `last`, the stream of token last[r] of each row alone: [rows, 1, dim].
+    With `last`, the stream of token last[r] of each row alone: [rows, 1, dim]. With `cache_rows`, row r is that row of
+    the cache, of which the others stay as they are; one that does not exist leaves nothing.
     """
     config = decoder.config
     by = rotation(config, positions)
@@ -136,7 +138,7 @@ def decoder_stream(
     x, tokens = embed(config, decoder.embedding, ids), experts.routing(config, ids)
     new_cache = []
     for weights, layer_cache in zip(decoder.layers, cache, strict=True):
-        attend = partial(attend_cache, layer_cache, slots, mask)
+        attend = partial(attend_cache, layer_cache, slots, mask, cache_rows)
         x, layer_cache, _ = block(config, weights, x, by, attend, tokens=tokens)
         new_cache.append(layer_cache)
     if last is not None:
@@ -145,8 +147,15 @@ def decoder_stream(
 
 
 def attend_cache(
-    cache: Cache, slots: Int[Array, "rows length"], mask: Mask, query: Heads, key: KeyValueHeads, value: KeyValueHeads
+    cache: Cache,
+    slots: Int[Array, "rows length"],
+    mask: Mask,
+    rows: Int[Array, " rows"] | None,
+    query: Heads,
+    key: KeyValueHeads,
+    value: KeyValueHeads,
 ) -> tuple[Heads, Cache]:
     """Write keys and values into their slots, then attend to all slots that the mask shows."""
-    cache = tuple(constrain(stored, *CACHE_AXES) for stored in write_cache(cache, key, value, slots))
-    return attend_slots(query, cache, mask), cache
+    cache = tuple(constrain(stored, *CACHE_AXES) for stored in write_cache(cache, key, value, slots, rows))
+    own = cache if rows is None else tuple(constrain(stored[rows], *CACHE_AXES) for stored in cache)
+    return attend_slots(query, own, mask), cache
