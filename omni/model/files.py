@@ -80,6 +80,11 @@ def load_transformer(directory: epath.PathLike, mesh: Mesh | None = None) -> tup
     return transformer, context_length, belongs_to
 
 
+def read_config(directory: epath.PathLike) -> TransformerConfig:
+    """The configuration of the transformer in a model's directory; `OmniError` if it describes none."""
+    return _read_description(epath.Path(directory) / DESCRIPTION)[0]
+
+
 def _on_mesh(mesh: Mesh, value: np.ndarray, parameter: nnx.Variable) -> jax.Array:
     """A parameter's value, of which every device is given its part alone."""
     axes = parameter.get_metadata()["axes"]

@@ -65,7 +65,7 @@ class TrainConfig:
     keep_best: str | None = None
     """A metric, e.g. held_out/loss: the checkpoint in which it was lowest stays besides the newest."""
     start_from: str | None = None
-    """Directory of another run, whose parameters take the place of fresh ones."""
+    """Directory of another run or of a model, whose parameters take the place of fresh ones."""
     start_names: tuple[str, ...] | None = None
     """Which of them, by patterns such as `blocks.*`; None: all that have the same name and shape."""
     skip: SkipConfig = field(default_factory=SkipConfig)

@@ -1,10 +1,10 @@
-"""A run that starts from another one's parameters, as far as names and shapes agree."""
+"""A run that starts from the parameters of another one, or of a model, as far as names and shapes agree."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,24 +13,29 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from omni.train.checkpoints import restore_params
+from omni.model.files import DESCRIPTION, WEIGHTS
+from omni.train.checkpoints import CHECKPOINTS, restore_params
 from omni.train.step import TrainState
 from omni_tokenizers.errors import UsageError
+from omni_tokenizers.tensor_files import TensorFiles, open_file
 
 logger = logging.getLogger(__name__)
 
 
 def start_from(state: TrainState, run: epath.PathLike, patterns: Sequence[str]) -> TrainState:
-    """The state with the parameters of another run's newest checkpoint, and a report in the log.
+    """The state with the parameters of another run's newest checkpoint, or of a model, and a report in the log.
+
+    A model's are read one by one: the host never holds two of them.
 
     Args:
+      run: a run's directory, or one of a model, such as `omni import` writes.
       patterns: which parameters, by dotted names such as `blocks.*`; `*` stands for anything.
 
     Raises:
-      OmniError: the other directory is no run, or it has no checkpoint.
+      OmniError: the other directory is neither run nor model, or it has no checkpoint.
       UsageError: a pattern fits no parameter, or none fits that the other run has in the same shape.
     """
-    theirs = {_name(path): value for path, value in _leaves(restore_params(run)[0])}
+    theirs = _parameters(epath.Path(run))
     ours = nnx.to_flat_state(state.params)
     names = [_name(path) for path, _ in ours]
     for pattern in patterns:
@@ -43,11 +48,11 @@ def start_from(state: TrainState, run: epath.PathLike, patterns: Sequence[str]) 
             left[name] = "not asked for"
         elif name not in theirs:
             left[name] = "not there"
-        elif theirs[name].shape != shape:
-            left[name] = f"{list(theirs[name].shape)} there, {list(shape)} here"
+        elif theirs.shape(name) != shape:
+            left[name] = f"{list(theirs.shape(name))} there, {list(shape)} here"
         else:
             taken[path] = _placed(theirs[name], variable.get_value())
-    _report(run, names, {_name(path) for path in taken}, left, theirs)
+    _report(run, {_name(path): value.shape for path, value in taken.items()}, left, theirs)
     if not taken:
         raise UsageError(f"start_from: {run} has none of the parameters; the log says why")
     flat = [(path, variable.replace(taken[path]) if path in taken else variable) for path, variable in ours]
@@ -56,13 +61,29 @@ def start_from(state: TrainState, run: epath.PathLike, patterns: Sequence[str]) 
     return dataclasses.replace(state, params=params, ema=ema)
 
 
-def _report(run: Any, names: list[str], taken: set[str], left: dict[str, str], theirs: dict[str, Any]) -> None:
-    logger.info("%s: %d of %d parameters are taken from there", run, len(taken), len(names))
-    for name in sorted(taken):
-        logger.info("  taken: %s %s", name, list(theirs[name].shape))
+class _Arrays(dict[str, np.ndarray]):
+    """Arrays by name, as `TensorFiles` has them."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self[name].shape
+
+
+def _parameters(source: epath.Path) -> _Arrays | TensorFiles:
+    """The parameters by dotted name: those of a run's newest checkpoint, else those of the model that lies there."""
+    if not (source / CHECKPOINTS).exists() and (source / DESCRIPTION).exists():
+        return open_file(source / WEIGHTS)
+    return _Arrays((_name(path), value) for path, value in _leaves(restore_params(source)[0]))
+
+
+def _report(
+    run: Any, taken: Mapping[str, tuple[int, ...]], left: Mapping[str, str], theirs: _Arrays | TensorFiles
+) -> None:
+    logger.info("%s: %d of %d parameters are taken from there", run, len(taken), len(taken) + len(left))
+    for name, shape in sorted(taken.items()):
+        logger.info("  taken: %s %s", name, list(shape))
     for name, why in left.items():
         logger.info("  fresh: %s (%s)", name, why)
-    for name in sorted(theirs.keys() - set(names)):
+    for name in sorted(set(theirs) - set(taken) - set(left)):
         logger.info("  unused: %s (not here)", name)
 
 
