@@ -210,6 +210,12 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, named_sharding(axes, rules, mesh, x.shape))
 
 
+def placed(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """The array on its devices, each of which is given its part alone; of several processes, each gives its own devices
+    theirs, and none asks the others whether they hold the same."""
+    return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+
+
 def sharding_tree(abstract_state: Any, rules: ShardingRules, mesh: Mesh) -> Any:
     """The same tree with a NamedSharding for every leaf, as jit's in_shardings and out_shardings or device_put take it.
 

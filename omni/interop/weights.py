@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from omni.interop.family import LAYER, Family, Place
 from omni.model import Transformer, TransformerConfig
-from omni.sharding import ShardingRules, named_sharding
+from omni.sharding import ShardingRules, named_sharding, placed
 from omni_tokenizers import weights
 from omni_tokenizers.errors import OmniError
 
@@ -145,7 +145,7 @@ def _stacked(
     write = jax.jit(_write_layer, donate_argnums=0, out_shardings=sharding)
     for place in places:
         value = to_ours(place.ours, _finite(tensors, place), shape[1:])
-        stack = write(stack, jax.device_put(value.astype(dtype, copy=False), own), place.layer)
+        stack = write(stack, placed(value.astype(dtype, copy=False), own), place.layer)
     return stack
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from omni.model.config import TransformerConfig
 from omni.model.transformer import Transformer
-from omni.sharding import ShardingRules, named_sharding
+from omni.sharding import ShardingRules, named_sharding, placed
 from omni_tokenizers import weights
 from omni_tokenizers.base import config_from_dict
 from omni_tokenizers.errors import OmniError
@@ -88,7 +88,7 @@ def read_config(directory: epath.PathLike) -> TransformerConfig:
 def _on_mesh(mesh: Mesh, value: np.ndarray, parameter: nnx.Variable) -> jax.Array:
     """A parameter's value, of which every device is given its part alone."""
     axes = parameter.get_metadata()["axes"]
-    return jax.device_put(value, named_sharding(axes, ShardingRules(), mesh, value.shape))
+    return placed(value, named_sharding(axes, ShardingRules(), mesh, value.shape))
 
 
 def _read_description(path: epath.Path) -> tuple[TransformerConfig, int, dict[str, str]]:

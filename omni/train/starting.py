@@ -14,6 +14,7 @@ from etils import epath
 from flax import nnx
 
 from omni.model.files import DESCRIPTION, WEIGHTS
+from omni.sharding import placed
 from omni.train.checkpoints import CHECKPOINTS, restore_params
 from omni.train.step import TrainState
 from omni_tokenizers.errors import UsageError
@@ -51,7 +52,8 @@ def start_from(state: TrainState, run: epath.PathLike, patterns: Sequence[str]) 
         elif theirs.shape(name) != shape:
             left[name] = f"{list(theirs.shape(name))} there, {list(shape)} here"
         else:
-            taken[path] = _placed(theirs[name], variable.get_value())
+            like = variable.get_value()
+            taken[path] = placed(np.asarray(theirs[name], like.dtype), like.sharding)
     _report(run, {_name(path): value.shape for path, value in taken.items()}, left, theirs)
     if not taken:
         raise UsageError(f"start_from: {run} has none of the parameters; the log says why")
@@ -85,11 +87,6 @@ def _report(
         logger.info("  fresh: %s (%s)", name, why)
     for name in sorted(set(theirs) - set(taken) - set(left)):
         logger.info("  unused: %s (not here)", name)
-
-
-def _placed(values: np.ndarray, like: jax.Array) -> jax.Array:
-    values = np.asarray(values, like.dtype)
-    return jax.make_array_from_callback(values.shape, like.sharding, values.__getitem__)
 
 
 def _leaves(tree: dict[Any, Any], path: tuple = ()) -> list[tuple[tuple, np.ndarray]]:
