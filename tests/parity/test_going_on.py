@@ -72,7 +72,7 @@ def their_losses(model, batches: list[dict[str, np.ndarray]]) -> list[float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 
