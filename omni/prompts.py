@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from omni.generate import PreparedRequest, guidance_shadows, per_modality, wanted_modalities
-from omni.generate.slots import is_whole
+from omni.generate import PreparedRequest, guidance_shadows, is_whole, per_modality, wanted_modalities
 from omni.grammar import Span
 from omni.messages import Message, are_messages, read_messages
 from omni.parts import Part

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from omni.generate import Generated, Progress
+from omni.generate import Generated, Progress, is_whole
 from omni.grammar import GrammarError, Span
 from omni.parts import Audio, Image, Part, Text
 from omni.processor import Processor
@@ -66,7 +66,7 @@ class EventStream:
           picture_rows: rows of codes after which a picture is shown; 0 for whole pictures alone.
           sound_seconds: least length of a piece of sound; 0 for whole sounds alone.
         """
-        if not (_is_count(picture_rows) and 0 <= sound_seconds < math.inf):
+        if not (is_whole(picture_rows) and picture_rows >= 0 and 0 <= sound_seconds < math.inf):
             raise UsageError(
                 f"picture_rows is a whole number, 0 for none, and sound_seconds a time, not {picture_rows!r} and "
                 f"{sound_seconds!r}"
@@ -104,7 +104,7 @@ class EventStream:
         self._forget(whole)
         if open_text:
             yield from self._text(spans[-1])
-        elif begun := self._begun_span(ids):
+        elif begun := self._begun_span():
             yield from self._begun(begun)
 
     def end(self, reply: Generated) -> Iterator[Event]:
@@ -122,8 +122,8 @@ class EventStream:
         self._spans += whole
         self._open, self._states = self._open[length:], self._states[length:]
 
-    def _begun_span(self, new: Int[np.ndarray, " tokens"]) -> Span | None:
-        """The span that the ids leave open, if they do; `new` of them came last."""
+    def _begun_span(self) -> Span | None:
+        """The span that the ids leave open, if they do."""
         behind = self._open[len(self._states) :]
         try:
             states = self._grammar.follow(int(self._states[-1]) if len(self._states) else None, behind)
@@ -193,7 +193,3 @@ def _sound_decoder(processor: Processor, seconds: float) -> StreamDecoder | None
     if not seconds or not isinstance(codec, StreamingCodec) or codec.obstacle is not None:
         return None
     return codec.stream(frames=max(1, math.ceil(seconds * codec.sample_rate / codec.samples_per_frame))).decoder
-
-
-def _is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -114,7 +114,7 @@ def run_generate(options: argparse.Namespace) -> None:
         video_files.pyav()  # that it is missing is said before anything is generated
     _status("compiling and generating")
     settings |= {name: getattr(options, name) for name in ("seed", "samples", "max_tokens", "log_probabilities")}
-    settings |= {"stop": options.stop or (), "stop_tokens": parse_ids("stop_tokens", options.stop_tokens)}
+    settings |= {"stop": options.stop or (), "stop_tokens": parse_numbers("stop_tokens", options.stop_tokens)}
     for sample, reply in enumerate(model.generate(parts, want=want, **settings)):
         out = options.out / str(sample + 1) if options.out and options.samples > 1 else options.out
         _print_reply(reply, out, options.seed + sample, options)
@@ -172,12 +172,12 @@ def parse_setting(name: str, value: str) -> float | dict[str, float]:
         raise UsageError(f"--{name.replace('_', '-')} {value}: write a number, or modality=number pairs") from None
 
 
-def parse_ids(name: str, value: str | None) -> list[int]:
+def parse_numbers(name: str, value: str | None) -> list[int]:
     """'3,17' as a list, nothing as none; `UsageError` for anything else."""
     try:
         return [int(number) for number in value.split(",")] if value is not None else []
     except ValueError:
-        raise UsageError(f"--{name.replace('_', '-')} {value}: write ids, comma-separated") from None
+        raise UsageError(f"--{name.replace('_', '-')} {value}: write whole numbers, such as 1,8") from None
 
 
 def run_eval(options: argparse.Namespace) -> None:
@@ -290,10 +290,7 @@ def run_bench_tokenizers(options: argparse.Namespace) -> None:
     from omni.bench.report import as_markdown, check_agreement
     from omni.bench.tokenizers import Options, compare
 
-    try:
-        batches = tuple(int(batch) for batch in options.batch.split(","))
-    except ValueError:
-        raise UsageError(f"--batch {options.batch}: write whole numbers, such as 1,8") from None
+    batches = tuple(parse_numbers("batch", options.batch))
     families = {"families": tuple(options.families.split(","))} if options.families else {}
     settings = {"seconds": options.seconds, "rounds": options.rounds, "device": options.device}
     results = compare(Options(batches=batches, **families, **settings))
@@ -314,8 +311,8 @@ def run_bench_generate(options: argparse.Namespace) -> None:
 
     kinds = {"kinds": tuple(options.kinds.split(","))} if options.kinds else {}
     lengths = {"text_tokens": options.text_tokens, "prompt_tokens": options.prompt_tokens, "rounds": options.rounds}
-    batches = parse_ids("batch", options.batch)
-    results = compare(Options(batches=tuple(batches), device=options.device, **kinds, **lengths))
+    batches = tuple(parse_numbers("batch", options.batch))
+    results = compare(Options(batches=batches, device=options.device, **kinds, **lengths))
     print(json.dumps(results) if options.json else as_markdown(results))
 
 

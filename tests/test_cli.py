@@ -151,7 +151,7 @@ def test_a_sound_of_192_khz_and_8_channels_is_read(run, tiny_bundle, tmp_path):
         (["generate", "MODEL", "seven", "--top-k", "nan"], 2, "finite number"),
         (["generate", "MODEL", "seven", "--min-p", "2"], 2, "min_p of text is 2.0"),
         (["generate", "MODEL", "seven", "--log-probabilities"], 2, "add --json"),
-        (["generate", "MODEL", "seven", "--stop-tokens", "<eos>"], 2, "write ids"),
+        (["generate", "MODEL", "seven", "--stop-tokens", "<eos>"], 2, "write whole numbers"),
         (["generate", "MODEL", "seven", "--samples", "0"], 2, "at least 1"),
         (["generate", "MODEL", "seven", "--max-tokens", "0"], 2, "at least 1"),
         (["generate", "MODEL", "seven", "--tensor", "0"], 2, "at least 1"),

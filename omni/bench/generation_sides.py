@@ -7,6 +7,7 @@ proportion that it has in small models of this family.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from typing import Any
 
@@ -158,7 +159,8 @@ class Theirs(TheirProcess):
             except Exception as error:  # no compiler for torch.compile, which says so in many ways
                 if "compiled" not in way:
                     raise
-                print(f"torch.compile cannot be used: {str(error).splitlines()[0]}", flush=True)
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                print(f"torch.compile cannot be used: {reason}", file=sys.stderr, flush=True)
                 continue
             start = time.perf_counter()
             self._run(tried, way)

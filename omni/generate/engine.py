@@ -11,8 +11,8 @@ import jax
 from jax.sharding import Mesh
 
 from omni.generate.programs import Programs, power_of_two
-from omni.generate.requests import Generated, PreparedRequest, check_request, useful_shadows
-from omni.generate.slots import Progress, Slots, is_whole
+from omni.generate.requests import Generated, PreparedRequest, check_request, is_whole, useful_shadows
+from omni.generate.slots import Progress, Slots
 from omni.grammar import Grammar
 from omni.model import Decoder
 from omni_tokenizers.errors import UsageError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -184,14 +185,15 @@ def _widened(state: State, rows: int, slots: int, capacity: int, seen: int, draw
     def more(x: Array, size: int, axis: int) -> Array:
         return jnp.pad(x, [(0, size - length if place == axis else 0) for place, length in enumerate(x.shape)])
 
-    cache = jax.tree.map(lambda stored: constrain(more(stored, rows, 0), *CACHE_AXES), state.cache)
-    return everywhere(
-        State(
-            **(vars(state) | {"cache": cache, "stream": constrain(more(state.stream, rows, 0), "batch", None)})
-            | {"length": more(state.length, rows, 0), "seen": more(state.seen, seen, 1)}
-            | {"log_probabilities": more(state.log_probabilities, drawn, 1)}
-        )
+    wider = replace(
+        state,
+        cache=jax.tree.map(lambda stored: constrain(more(stored, rows, 0), *CACHE_AXES), state.cache),
+        stream=constrain(more(state.stream, rows, 0), "batch", None),
+        length=more(state.length, rows, 0),
+        seen=more(state.seen, seen, 1),
+        log_probabilities=more(state.log_probabilities, drawn, 1),
     )
+    return everywhere(wider)
 
 
 def _shape_of(x: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:

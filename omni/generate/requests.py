@@ -96,6 +96,11 @@ class Generated:
     log_probabilities: Float[np.ndarray, " tokens"] | None = None
 
 
+def is_whole(value: object) -> bool:
+    """Whether this is a whole number."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def per_modality(
     grammar: Grammar,
     setting: float | Mapping[str, float],
@@ -195,7 +200,7 @@ def check_request(request: PreparedRequest, grammar: Grammar, context: int | Non
       OmniError: if prompt and reply together are too long.
     """
     for name, value in (("max_tokens", request.max_tokens), ("seed", request.seed)):
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        if not is_whole(value):
             raise UsageError(f"{name} is {value!r}; it must be a whole number")
     if request.max_tokens < 1:
         raise UsageError(f"max_tokens is {request.max_tokens}; it must be at least 1")

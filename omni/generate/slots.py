@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from omni.generate.loop import NOTHING, PARTS, REPLIES, Settings, State
 from omni.generate.programs import Programs, power_of_two
-from omni.generate.requests import Generated, PreparedRequest, check_request, useful_shadows
+from omni.generate.requests import Generated, PreparedRequest, check_request, is_whole, useful_shadows
 from omni_tokenizers.errors import UsageError
 
 HOP = 16  # tokens after which the host looks whether text that has come ends a reply
@@ -472,8 +472,3 @@ def _split(items: list, most: int = ROWS[-1]) -> Iterator[list]:
         count = piece(len(items), sizes)
         yield items[:count]
         items = items[count:]
-
-
-def is_whole(value) -> bool:
-    """Whether this is a whole number."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
