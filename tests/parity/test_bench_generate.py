@@ -10,6 +10,8 @@ from omni.bench.generation_sides import KINDS, Ours, Theirs, Work
 from omni_tokenizers import weights
 from omni_tokenizers.errors import OmniError, UsageError
 
+pytest.importorskip("torch", reason="needs torch: pip install 'omni-any-to-any[parity]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install 'omni-any-to-any[parity]'")
 pytestmark = pytest.mark.parity
 
 

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from going_on_worker import LENGTH, RATE, ROWS, STEPS, config_of
-from their_models import CASES, loaded
 
 import omni
 from omni.data.loader import stack
@@ -18,6 +16,11 @@ from omni.grammar import Grammar, Span
 from omni.interop import emu3
 from omni.sharding import MeshConfig
 from omni.train.metrics import read_metrics
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install 'omni-any-to-any[parity]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install 'omni-any-to-any[parity]'")
+
+from their_models import CASES, loaded  # noqa: E402
 
 pytestmark = pytest.mark.parity
 WORKER = Path(__file__).with_name("going_on_worker.py")
