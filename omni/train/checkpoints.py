@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import difflib
 import logging
+import time
 from typing import Any
 
 import jax
@@ -46,6 +47,8 @@ class Checkpoints:
     ):
         self.directory = absolute(directory) / CHECKPOINTS
         self._metadata, self._best = metadata, best
+        if jax.process_index() == 0:
+            _remove_unfinished(self.directory)
         policies = [checkpoint_managers.LatestN(keep)]
         if best is not None:
             policies.append(_lowest(best))
@@ -183,6 +186,21 @@ def _with_manifest(base: type) -> type:
                 await asyncio.to_thread(write_manifest, self.get_final())
 
     return WithManifest
+
+
+def _remove_unfinished(directory: epath.Path, seconds: float = 10.0) -> None:
+    """Removes what was never committed, though writes of a run that failed in this process may still come in.
+
+    Orbax removes it too, but takes a folder that fills while it is being emptied for a checkpoint that cannot be
+    written. What is not gone after so many seconds is left to it.
+    """
+    give_up = time.monotonic() + seconds
+    for path in directory.glob(f"*{ocp.path.atomicity.TMP_DIR_SUFFIX}*") if directory.exists() else ():
+        while path.exists() and time.monotonic() < give_up:
+            try:
+                path.rmtree()
+            except OSError:
+                time.sleep(0.1)
 
 
 def _lowest(metric: str) -> checkpoint_managers.PreservationPolicy:

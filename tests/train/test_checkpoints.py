@@ -1,5 +1,6 @@
 """Checkpoints: only committed ones count, a failed write spoils none, and any mesh can read them."""
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -267,6 +269,27 @@ def test_full_disk_ends_a_run(tmp_path, small_disk):
         train(config)
     small_disk()
     assert int(train(config).step) == 2
+
+
+def test_writes_of_a_failed_run_that_still_come_in(tmp_path):
+    """A checkpoint can be written again where an abandoned one of the same process is still being filled."""
+    state, _ = state_and_shapes(regression(tmp_path, width=16))
+    folder = tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp" / "state"
+    folder.mkdir(parents=True)
+
+    def write_on():
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            with contextlib.suppress(FileNotFoundError):  # until the folder itself is gone
+                (folder / str(time.monotonic())).touch()
+
+    writer = threading.Thread(target=write_on)
+    writer.start()
+    with Checkpoints(tmp_path, 2, {}) as checkpoints:
+        checkpoints.save(at_step(state, 1), {"next_index": 1})
+        checkpoints.wait()
+        assert checkpoints.steps() == [1]
+    writer.join()
 
 
 @pytest.mark.slow
