@@ -196,6 +196,22 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="read a file of PyTorch, which is a pickle, with torch's weights_only reader (tensors alone)",
     )
+    whole = imports.add_argument_group("whole models")
+    whole.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="type in which weights are stored (default: float32)",
+    )
+    whole.add_argument(
+        "--mesh", metavar="AXIS=N,AXIS=N", help="devices that share the weights, as fsdp=4,tensor=2 (default: one)"
+    )
+    whole.add_argument(
+        "--verify",
+        action="store_true",
+        help="first compare logits, ids of texts and codes of a picture with transformers' own, in float32; write "
+        "nothing where they differ",
+    )
 
     tokenizer = verb(
         "tokenizer",

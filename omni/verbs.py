@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omni.exits import EXIT_FAILED
-from omni_tokenizers.errors import UsageError
+from omni_tokenizers.errors import OmniError, UsageError
 
 if TYPE_CHECKING:
     from omni.parts import Part
     from omni.reply import Reply
+    from omni.sharding import MeshConfig
 
 
 def run_quickstart(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -172,6 +173,20 @@ def parse_setting(name: str, value: str) -> float | dict[str, float]:
         raise UsageError(f"--{name.replace('_', '-')} {value}: write a number, or modality=number pairs") from None
 
 
+def parse_mesh(value: str) -> MeshConfig:
+    """'fsdp=4,tensor=2' as a mesh, in which all other axes have one device; `UsageError` for anything else."""
+    from omni.sharding import MeshConfig
+
+    axes = {"data": 1} | {name.strip(): size for name, _, size in (pair.partition("=") for pair in value.split(","))}
+    try:
+        return MeshConfig(**{name: int(size) for name, size in axes.items()})
+    except (TypeError, ValueError):
+        known = ", ".join(field.name for field in dataclasses.fields(MeshConfig))
+        raise UsageError(
+            f"--mesh {value}: write axis=devices pairs, such as fsdp=4,tensor=2; axes are {known}"
+        ) from None
+
+
 def parse_numbers(name: str, value: str | None) -> list[int]:
     """'3,17' as a list, nothing as none; `UsageError` for anything else."""
     try:
@@ -239,20 +254,38 @@ def run_export(options: argparse.Namespace) -> None:
 
 
 def run_import(options: argparse.Namespace) -> None:
-    import omni
     from omni.interop import holds_model
     from omni.tokenizer_tools import import_tokenizer
 
     _require_empty(options.directory)
     _status(f"reading {options.source}")
     if not holds_model(options.source):
+        if options.verify or options.mesh is not None or options.dtype != "float32":
+            raise UsageError(f"{options.source} holds a tokenizer; --dtype, --mesh and --verify are of whole models")
         settings = {"image_size": options.image_size, "torch_reader": options.torch_reader}
         import_tokenizer(options.source, options.directory, **settings)
     elif options.image_size is not None:
         raise UsageError(f"{options.source} holds a whole model, which says its size: leave --image-size out")
     else:
-        omni.load(options.source, torch_reader=options.torch_reader).save(options.directory)
+        _import_model(options)
     _print_written(options.directory)
+
+
+def _import_model(options: argparse.Namespace) -> None:
+    """Loads, compares where that is asked for, and writes a whole model."""
+    import omni
+    from omni.interop import verification
+
+    mesh = None if options.mesh is None else parse_mesh(options.mesh)
+    load = functools.partial(omni.load, options.source, mesh, torch_reader=options.torch_reader)
+    if options.verify:
+        _status("comparing with transformers")
+        checks = list(verification.verify(load(), options.source))
+        print(verification.as_table(checks))
+        if any(check.passed is False for check in checks):
+            raise OmniError(f"{options.source} is not here what it is in transformers; nothing was written")
+    model = load(dtype="bfloat16" if options.dtype == "bfloat16" else "float32")
+    model.save(options.directory, dtype=options.dtype)
 
 
 def _require_empty(directory: Path) -> None:

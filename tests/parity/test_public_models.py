@@ -1,7 +1,9 @@
 """Whole public models against transformers, every parameter noise: logits, greedy replies, the way in and out."""
 
+import dataclasses
 import functools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from public_models import greedy_with_cache, largest_error  # noqa: E402
 from text_json import SAMPLE, trained, write_chameleon_names  # noqa: E402
 from their_models import CASES, greedy, loaded, their_logits  # noqa: E402
 
+from omni.bundle import Model  # noqa: E402
+from omni.interop.verification import verify  # noqa: E402
 from omni_tokenizers.text_json import JsonTextTokenizer  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -156,3 +160,39 @@ def test_chameleons_release_is_read_by_torch(tmp_path, ranks, run):
     found = logits(model, ids)[0, :, :448]
     assert largest_error(found, forward(parameters, rounded, ids[0])) < TOLERANCE
     assert model.decode(model.encode([omni.Text("IMGIMGAZ", context=True)]))[0].text == "IMGIMGAZ"
+
+
+def test_import_verifies_what_a_user_has(tmp_path, run, monkeypatch):
+    """`omni import --verify` passes on what transformers wrote, and where a logit is not theirs it writes nothing."""
+    source = tmp_path / "source"
+    source.mkdir()
+    dataclasses.replace(CASES["llama"], settings=CASES["llama"].settings | {"vocab_size": 400}).write(source)
+    (source / "tokenizer.json").write_text(trained())
+    code, out, err = run("import", source, tmp_path / "ours", "--verify", "--dtype", "bfloat16")
+    assert code == 0, err
+    assert [line.split()[:2] for line in out.splitlines()[:3]] == [
+        ["pass", "logits"],
+        ["pass", "text"],
+        ["none", "codes"],
+    ]
+    assert omni.load(tmp_path / "ours").config.compute_dtype == "bfloat16"
+    whole = Model.logits
+    monkeypatch.setattr(Model, "logits", lambda self, ids: whole(self, ids) * 1.001)
+    code, out, err = run("import", source, tmp_path / "other", "--verify")
+    assert code == 1 and out.startswith("FAIL  logits") and "nothing was written" in err
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["chameleon", "emu3"])
+def test_import_verifies_codes_of_pictures(name, theirs, tmp_path):
+    """Codes of a picture are theirs, and where the codebook is another the check says so."""
+    _, directory = theirs(name)
+    ours = omni.load(directory)
+    assert [(check.name, check.passed) for check in verify(ours, directory)] == [
+        ("logits", True), ("text", None), ("codes of a picture", True)
+    ]  # fmt: skip
+    source = shutil.copytree(directory, tmp_path / "other")
+    tensors = weights.read(source / "model.safetensors")
+    (codebook,) = (key for key in tensors if key.endswith("quantize.embedding.weight"))
+    weights.write(source / "model.safetensors", tensors | {codebook: tensors[codebook][::-1].copy()})
+    assert not next(check for check in verify(ours, source) if check.name == "codes of a picture").passed
