@@ -101,6 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="split the model over N devices (default: one holds all)",
     )
+    generate.add_argument("--stream", action="store_true", help="print text as it comes; with --json a line an event")
     generate.add_argument("--json", action="store_true", help="print the parts as JSON, one reply a line")
     generate.add_argument(
         "--log-probabilities",

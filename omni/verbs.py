@@ -8,7 +8,7 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from omni.parts import Part
     from omni.reply import Reply
     from omni.sharding import MeshConfig
+    from omni.streaming import Event
 
 
 def run_quickstart(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -116,12 +117,33 @@ def run_generate(options: argparse.Namespace) -> None:
     _status("compiling and generating")
     settings |= {name: getattr(options, name) for name in ("seed", "samples", "max_tokens", "log_probabilities")}
     settings |= {"stop": options.stop or (), "stop_tokens": parse_numbers("stop_tokens", options.stop_tokens)}
+    if options.stream:
+        _print_stream(model.stream(parts, want, **settings), options)
+        return
     for sample, reply in enumerate(model.generate(parts, want=want, **settings)):
         out = options.out / str(sample + 1) if options.out and options.samples > 1 else options.out
         _print_reply(reply, out, options.seed + sample, options)
 
 
-def _print_reply(reply: Reply, out: Path | None, seed: int, options: argparse.Namespace) -> None:
+def _print_stream(events: Iterator[Event], options: argparse.Namespace) -> None:
+    """Prints text as it comes, and every other part once it is whole; as JSON, a line for each event."""
+    for event in events:
+        if event.kind == "end":
+            _print_reply(event.reply, options.out, options.seed, options, shown=not options.json)
+        elif options.json:
+            part = {"modality": event.part.modality} if event.part is not None else {}
+            text = {"text": event.text} if event.kind == "text" else {}
+            print(json.dumps({"event": event.kind, "index": event.index} | part | text), flush=True)
+        elif event.kind == "text":
+            print(event.text, end="", flush=True)
+        elif event.kind == "part":
+            print("" if event.part.modality == "text" else event.part, flush=True)
+
+
+def _print_reply(
+    reply: Reply, out: Path | None, seed: int, options: argparse.Namespace, *, shown: bool = False
+) -> None:
+    """Prints a reply, whose parts are printed already where they were `shown`, and writes it into `out`."""
     if options.json:
         files = reply.save(out) if out else []
         described = [{"modality": part.modality, "text": getattr(part, "text", None)} for part in reply.parts]
@@ -132,7 +154,7 @@ def _print_reply(reply: Reply, out: Path | None, seed: int, options: argparse.Na
             found |= {"ids": reply.ids.tolist(), "log_probabilities": reply.log_probabilities.tolist()}
         print(json.dumps(found))
         return
-    for part in reply.parts:
+    for part in () if shown else reply.parts:
         print(part.text if part.modality == "text" else part)
     for file in reply.save(out) if out else []:
         print(f"wrote {file}")

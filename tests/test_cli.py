@@ -36,6 +36,23 @@ def test_generate_writes_a_mixed_reply(run, tiny_bundle, tmp_path, tone):
     assert sorted(os.listdir(tmp_path / "out")) == ["1.png", "2.wav", "3.txt", "reply.json"]
 
 
+def test_generate_streams(run, tiny_bundle, tmp_path):
+    """Streamed, a reply is printed and written as it is without; as JSON its events come in order, the reply last."""
+    command = ("generate", tiny_bundle, "seven", "--want", "text,image", "--max-tokens", "40")
+    code, whole, err = run(*command, "--out", tmp_path / "whole")
+    assert code == 0, err
+    code, streamed, err = run(*command, "--out", tmp_path / "streamed", "--stream")
+    assert code == 0, err
+    assert streamed == whole.replace(str(tmp_path / "whole"), str(tmp_path / "streamed"))
+    for name in os.listdir(tmp_path / "whole"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes()
+    *events, reply = map(json.loads, run(*command, "--stream", "--json")[1].splitlines())
+    assert [event["index"] for event in events] == sorted(event["index"] for event in events)
+    assert [event["modality"] for event in events if event["event"] == "part"] == ["text", "image"]
+    assert "".join(event.get("text", "") for event in events) == reply["parts"][0]["text"]
+    assert run(*command, "--stream", "--samples", "2")[0] == 2
+
+
 def test_generate_gives_several_samples_that_end_at_stops(run, tiny_bundle, tmp_path):
     """One line of JSON and one directory for each sample."""
     code, out, err = run(

@@ -20,7 +20,7 @@ from omni.sharding import ShardingRules, named_sharding, placed
 from omni_tokenizers import weights
 from omni_tokenizers.base import config_from_dict
 from omni_tokenizers.errors import OmniError
-from omni_tokenizers.tensor_files import open_file
+from omni_tokenizers.tensor_files import open_file, write_file
 
 DESCRIPTION, WEIGHTS = "model.json", "weights.safetensors"
 FORMAT = 1
@@ -45,7 +45,9 @@ def save_transformer(
     """
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    weights.write(directory / WEIGHTS, weights.rounded(weights.flatten(nnx.state(model, nnx.Param)), dtype))
+    parameters = {".".join(map(str, path)): each for path, each in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    shapes = {name: parameters[name].get_value().shape for name in sorted(parameters)}
+    write_file(directory / WEIGHTS, shapes, ((name, np.asarray(parameters[name][...])) for name in shapes), dtype)
     description = {
         "format": FORMAT,
         "context_length": context_length,

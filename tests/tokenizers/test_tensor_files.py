@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from omni_tokenizers import weights
 from omni_tokenizers.errors import OmniError
-from omni_tokenizers.tensor_files import INDEX, MODEL, open_directory, open_file, write_directory
+from omni_tokenizers.tensor_files import INDEX, MODEL, open_directory, open_file, write_directory, write_file
 
 TENSORS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -75,3 +76,25 @@ def test_an_index_names_files_beside_it(tmp_path, places):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": places}))
     with pytest.raises(OmniError, match="'weight_map' must give the name of a file beside it"):
         open_directory(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_file_written_tensor_by_tensor_is_what_the_format_says(tmp_path, dtype):
+    """safetensors' own reader finds every tensor, rounded to the type."""
+    tensors = {name: value for name, value in TENSORS.items() if value.dtype == np.float32} | {"one": np.float32([0.1])}
+    tensors["scalar"] = np.float32(3)
+    shapes = {name: value.shape for name, value in tensors.items()}
+    write_file(tmp_path / "one.safetensors", shapes, tensors.items(), dtype)
+    found = safetensors.numpy.load_file(tmp_path / "one.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, value in weights.rounded(tensors, dtype).items():
+        assert found[name].dtype == value.dtype and found[name].shape == value.shape
+        np.testing.assert_array_equal(found[name], value)
+
+
+def test_a_value_too_large_for_a_type_is_named(tmp_path):
+    with pytest.raises(OmniError, match="'a' does not fit float16"):
+        write_file(tmp_path / "x", {"a": (1,)}, [("a", np.full(1, 1e20, np.float32))], "float16")
+    with pytest.raises(OmniError, match="'int4'"):
+        write_file(tmp_path / "y", {"a": (1,)}, [], "int4")
+    assert not (tmp_path / "y").exists()

@@ -133,6 +133,34 @@ def _is_file_name(value) -> bool:
     return isinstance(value, str) and value not in ("", ".", "..") and "/" not in value and "\\" not in value
 
 
+def write_file(
+    path: epath.PathLike, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, np.ndarray]], dtype: str
+) -> None:
+    """Writes floating point tensors as one safetensors file, of which one is in memory at a time.
+
+    Args:
+        shapes: the shape of each tensor, in the order in which `tensors` gives them.
+        dtype: type in which they are stored: float32, float16 or bfloat16.
+    Raises:
+        OmniError: another type, or a value that does not fit it.
+    """
+    weights.rounded({}, dtype)  # before anything is written
+    width, kind = {"float32": (4, "F32"), "float16": (2, "F16"), "bfloat16": (2, "BF16")}[dtype]
+    ends = list(itertools.accumulate(math.prod(shape) * width for shape in shapes.values()))
+    places = zip([0, *ends[:-1]], ends, strict=True)
+    header = {
+        name: {"dtype": kind, "shape": list(shape), "data_offsets": place}
+        for (name, shape), place in zip(shapes.items(), places, strict=True)
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors begin at a multiple of 8 bytes
+    with epath.Path(path).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, value in tensors:
+            stored = weights.rounded({name: value}, dtype)[name]
+            file.write(np.ascontiguousarray(stored).reshape(-1).view(np.uint8).data)
+
+
 def write_directory(
     directory: epath.PathLike,
     shapes: Mapping[str, tuple[int, ...]],
