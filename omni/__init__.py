@@ -20,6 +20,7 @@ _HOMES = {
     "Request": "omni.prompts",
     "Message": "omni.messages",
     "load": "omni.bundle",
+    "MusicGen": "omni.music",
     "Reply": "omni.reply",
     "Event": "omni.streaming",
     "OmniError": "omni_tokenizers.errors",

@@ -26,7 +26,7 @@ def sample(
 
     A draw inverts the distribution function with one uniform number per row: the Gumbel trick would need random bits
     for the whole vocabulary, several times the cost of all the rest. At temperature 0 all weight lies on the likeliest
-    id and the number is 0, so that greedy rows walk the same path.
+    ids and the number is 0, so that greedy rows walk the same path.
 
     Args:
       keys: one per row.
@@ -59,13 +59,15 @@ def weigh(
     """The distribution that `sample` draws from, times what makes the likeliest id's weight 1."""
     logits = jnp.where(admitted, logits, -jnp.inf)
     peak = jnp.max(logits, axis=-1, keepdims=True)
-    # Divided by next to nothing, every difference but 0 leaves no weight.
-    scale = jnp.maximum(temperature, 1e-30)[:, None]
+    # The compiler may compute logits anew here, and round them otherwise than those of the peak: nothing is divided by
+    # so little that this difference would count.
+    scale = jnp.where(temperature > 0, jnp.maximum(temperature, 1e-4), 1)[:, None]
     weights = jnp.exp((logits - jnp.where(jnp.isfinite(peak), peak, 0)) / scale)
     weights = jnp.where(admitted, weights, 0)  # an infinite scale would make -inf / inf, which is NaN
     weights = jax.lax.cond(jnp.any(top_k > 0), keep_top_k, lambda weights, _: weights, weights, top_k)
     weights = jax.lax.cond(jnp.any(top_p < 1), keep_top_p, lambda weights, _: weights, weights, top_p)
-    return jnp.where(weights >= min_p[:, None], weights, 0)
+    floor = jnp.where(temperature > 0, min_p, jnp.max(weights, axis=-1))
+    return jnp.where(weights >= floor[:, None], weights, 0)
 
 
 def penalise(

@@ -38,6 +38,7 @@ _EMU3 = "omni_tokenizers.checkpoints.emu3:from_transformers"
 # "model_type" in config.json -> where its tokenizer is.
 PLACES = {
     "encodec": Place(f"{__name__}.encodec:from_transformers"),
+    "musicgen": Place(f"{__name__}.encodec:from_transformers", "audio_encoder", ("audio_encoder.",)),
     "dac": Place(f"{__name__}.dac:from_transformers"),
     "mimi": Place(f"{__name__}.mimi:from_transformers"),
     "chameleon": Place(_CHAMELEON, "vq_config", ("model.vqmodel.",)),
