@@ -42,7 +42,7 @@ _NO_TEXT = re.compile("<[^0-9<>]+[0-9]+>|<[se]o[a-z]{2}>")
 def holds(settings: Settings) -> bool:
     """Whether the added tokens are this family's."""
     names = settings.values.get(ADDED_TOKENS, {})
-    return {TURN, *map(_opens, LETTERS)} <= names.keys()
+    return {TURN, *map(opening, LETTERS)} <= names.keys()
 
 
 def preset(settings: Settings, config: TransformerConfig, text: JsonTextTokenizer | None) -> Preset:
@@ -65,7 +65,7 @@ def preset(settings: Settings, config: TransformerConfig, text: JsonTextTokenize
         ids["pad"] = 0  # as the release's code has it
     size = with_new_ids(ids, published, ("bos", "turn", "eos", "pad"))
     special = {f"<{role}>": token for role, token in ids.items()}
-    special |= {name: names[name] for modality in LETTERS for name in (_opens(modality), _closes(modality))}
+    special |= {name: names[name] for modality in LETTERS for name in (opening(modality), closing(modality))}
     no_text = [token for name, token in names.items() if _NO_TEXT.fullmatch(name)]
     blocks = {"text": text_ids(published, text, [*no_text, *special.values()]), "image": image, "speech": speech}
     blocks |= {f"audio {level}": codes for level, codes in enumerate(np.split(music, LEVELS))}
@@ -80,8 +80,8 @@ def grammar(picture: int, room: int) -> dict[str, Any]:
     modalities = {
         name: {
             "codebooks": books[name],
-            "open": [_opens(name)],
-            "close": [_closes(name)],
+            "open": [opening(name)],
+            "close": [closing(name)],
             "shapes": [{"columns": columns[name]}],
         }
         for name in books
@@ -90,11 +90,13 @@ def grammar(picture: int, room: int) -> dict[str, Any]:
     return {"format": 1, "control": control, "modalities": {"text": {"block": "text"}} | modalities}
 
 
-def _opens(modality: str) -> str:
+def opening(modality: str) -> str:
+    """The name of the token before its codes."""
     return f"<so{LETTERS[modality]}>"
 
 
-def _closes(modality: str) -> str:
+def closing(modality: str) -> str:
+    """The name of the token behind its codes."""
     return f"<eo{LETTERS[modality]}>"
 
 
@@ -102,7 +104,7 @@ def _codes(names: dict[str, int], modality: str, source: str) -> Int[np.ndarray,
     """The id of each code of a modality."""
     count = sum(name.startswith(f"<{PREFIXES[modality]}") for name in names)
     wanted = [f"<{PREFIXES[modality]}{code}>" for code in range(count)]
-    missing = [name for name in [*wanted, _opens(modality), _closes(modality)] if name not in names]
+    missing = [name for name in [*wanted, opening(modality), closing(modality)] if name not in names]
     if missing or not count:
         raise OmniError(f"{source}: of {count} codes of {modality}, the added tokens lack {(missing or ['all'])[0]}")
     return np.array([names[name] for name in wanted], np.int32)
