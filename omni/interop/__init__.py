@@ -20,7 +20,7 @@ import omni_tokenizers
 from omni.grammar import Grammar
 from omni.interop import anygpt, chameleon, emu3, emu3_5, llama, qwen3
 from omni.interop import chameleon_original as release
-from omni.interop.family import ADDED_TOKENS, Family, Place, Preset
+from omni.interop.family import ADDED_TOKENS, TOKENIZER, Family, Place, Preset
 from omni.interop.weights import NamedTensors, places_in, read_transformer, their_shapes, their_tensors
 from omni.model import Transformer, TransformerConfig
 from omni.vocabulary import LARGEST, Vocabulary
@@ -35,10 +35,9 @@ from omni_tokenizers.text_json import JsonTextTokenizer
 if TYPE_CHECKING:
     from omni.bundle import Model
 
-TOKENIZER = "tokenizer.json"
 LONGEST_CONTEXT = 1 << 30
 FAMILIES: tuple[Family, ...] = tuple(module.FAMILY for module in (chameleon, emu3, emu3_5, anygpt, llama, qwen3))
-"""A directory is of the first that holds it, an export of the first that lacks nothing: what is special stands first."""
+"""A directory is of the first that holds it, an export of the first that lacks nothing: the special stand first."""
 MODEL_TYPES = tuple(dict.fromkeys(family.model_type for family in FAMILIES))
 
 
@@ -186,7 +185,7 @@ def _preset(directory: epath.Path, family: Family, settings: Settings, config: T
     own = {name: directory / f"{name}.json" for name in ("vocabulary", "grammar")}
     found = {name: read_object(path, LARGEST_CHECKPOINT_CONFIG) for name, path in own.items() if path.exists()}
     if "vocabulary" not in found:
-        preset = family.preset(settings, config, _text(directory))
+        preset = family.preset(settings, config, family.text(directory, None))
         return Preset(preset.vocabulary, found["grammar"]) if "grammar" in found else preset
     if "grammar" not in found:
         raise OmniError(
@@ -199,11 +198,6 @@ def _preset(directory: epath.Path, family: Family, settings: Settings, config: T
     return Preset(vocabulary, found["grammar"])
 
 
-def _text(directory: epath.Path) -> JsonTextTokenizer | None:
-    path = directory / TOKENIZER
-    return JsonTextTokenizer.from_file(path) if path.exists() else None
-
-
 def _tokenizers(
     directory: epath.Path, family: Family, preset: Preset, inside: bool
 ) -> dict[str, omni_tokenizers.Tokenizer]:
@@ -211,9 +205,9 @@ def _tokenizers(
     modalities = preset.declaration["modalities"]
     own = {modality: directory / "tokenizers" / modality for modality in modalities}
     found = {modality: omni_tokenizers.load(path) for modality, path in own.items() if path.exists()}
-    if "text" not in found and (directory / TOKENIZER).exists():
-        ids = preset.vocabulary.block(modalities["text"]["block"])
-        found["text"] = JsonTextTokenizer.from_file(directory / TOKENIZER, ids)
+    ids = preset.vocabulary.block(modalities["text"]["block"])
+    if "text" not in found and (text := family.text(directory, ids)) is not None:
+        found["text"] = text
     return family.tokenizers(directory) | found if inside and "image" not in found else found
 
 

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from etils import epath
 
 from omni.interop.emu3 import spelling
 from omni.interop.family import (
+    TOKENIZER,
     Family,
     Preset,
     control_ids,
@@ -24,9 +26,11 @@ from omni.interop.family import (
     llama_places,
     read_config,
     text_ids,
+    text_tokenizer,
     with_new_ids,
     write_config,
 )
+from omni.interop.tiktoken import read_ranks, tokenizer_json
 from omni.model import TransformerConfig
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.checkpoints.family import Settings
@@ -62,6 +66,11 @@ ROW_END, THOUGHTS = 200, (50, 51, 60, 61)
 BEFORE_EXTRA = 3
 """Control tokens before <|extra_0|>; the first of them follows the pieces of text."""
 CODES = 131_072
+TIKTOKEN = "emu3.tiktoken"
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""What its words are: the expression of Qwen's tokenizers, whose pieces it has."""
 CHARACTERS = {character: 15 + number for number, character in enumerate("0123456789")} | {"*": 9}
 """What the text tokenizer makes of sizes."""
 DRAWN = ((55, 73), (41, 97), (47, 85), (52, 78), (64, 64), (73, 55), (85, 47), (78, 52))
@@ -85,6 +94,21 @@ def read(settings: Settings) -> TransformerConfig:
     if settings.get("vocab_size", DEFAULTS["vocab_size"]) == DEFAULTS["vocab_size"]:
         raise OmniError(f"{settings.source}: this is Emu3 under its first names; take the directory for transformers")
     return read_config(settings, DEFAULTS, qk_norm="rms")
+
+
+def text(directory: epath.Path, ids: np.ndarray | None = None) -> JsonTextTokenizer | None:
+    """The text tokenizer: tokenizer.json, or the release's own file, behind whose pieces the control tokens stand."""
+    path = directory / TIKTOKEN
+    if (directory / TOKENIZER).exists() or not path.exists():
+        return text_tokenizer(directory, ids)
+    ranks = read_ranks(path)
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205))]
+    added = {name: max(ranks.values()) + 1 + place for place, name in enumerate(names)}
+    try:
+        content = tokenizer_json(ranks, PATTERN, added, [f"<|extra_{number}|>" for number in THOUGHTS])
+        return JsonTextTokenizer(content, ids)
+    except OmniError as error:
+        raise OmniError(f"{path}: {error}") from None
 
 
 def preset(settings: Settings, config: TransformerConfig, text: JsonTextTokenizer | None) -> Preset:
@@ -160,4 +184,5 @@ FAMILY = Family(
     lacks=lacks,
     preset=preset,
     places=llama_places,
+    text=text,
 )

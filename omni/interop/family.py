@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from omni.bundle import Model
 
 
+TOKENIZER = "tokenizer.json"
 ADDED_TOKENS = "added_tokens"
 """Where `Settings` of a directory have, beside config.json's own keys, the ids by name that its tokenizer adds."""
 
@@ -50,6 +51,12 @@ class Preset:
     """Settings with which the family's own tools draw, name -> modality -> value."""
 
 
+def text_tokenizer(directory: epath.Path, ids: np.ndarray | None = None) -> JsonTextTokenizer | None:
+    """That of tokenizer.json, if it is there; `ids` as of `JsonTextTokenizer`."""
+    path = directory / TOKENIZER
+    return JsonTextTokenizer.from_file(path, ids) if path.exists() else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """How the directories of one kind relate to a model here."""
@@ -73,6 +80,8 @@ class Family:
     holds: Callable[[Settings], bool] = lambda settings: True
     """Whether a config.json of this type is of this family; where several have the type, the first that says so counts.
     """
+    text: Callable[[epath.Path, np.ndarray | None], JsonTextTokenizer | None] = text_tokenizer
+    """The text tokenizer of a directory, if it has one, for these ids or all that are text."""
     prefix: str = "model."
     """What stands before the names of the transformer's tensors."""
     other_prefixes: tuple[str, ...] = ()

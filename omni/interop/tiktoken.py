@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from etils import epath
 
@@ -42,13 +42,14 @@ def read_ranks(path: epath.PathLike) -> dict[bytes, int]:
     return ranks
 
 
-def tokenizer_json(ranks: Mapping[bytes, int], pattern: str, control: Mapping[str, int]) -> bytes:
+def tokenizer_json(ranks: Mapping[bytes, int], pattern: str, added: Mapping[str, int], text: Collection[str]) -> bytes:
     """The content of a tokenizer.json.
 
     Args:
       ranks: ids of pieces, which are their ranks.
       pattern: regular expression of the words that are cut into pieces one by one.
-      control: ids of control tokens by name.
+      added: ids by name of tokens that are no pieces.
+      text: those of them that may stand in text.
     """
     letters = _letters()
     names = {piece: "".join(letters[byte] for byte in piece) for piece in ranks}
@@ -61,7 +62,9 @@ def tokenizer_json(ranks: Mapping[bytes, int], pattern: str, control: Mapping[st
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     content = {
         "version": "1.0",
-        "added_tokens": [{"id": id, "content": name, "special": True} | plain for name, id in control.items()],
+        "added_tokens": [
+            {"id": token, "content": name, "special": name not in text} | plain for name, token in added.items()
+        ],
         "normalizer": {"type": "NFC"},
         "pre_tokenizer": {
             "type": "Sequence",

@@ -43,7 +43,7 @@ def written(codes: np.ndarray) -> list[int]:
 
 
 def test_the_release_is_written_as_published(released):
-    """Size as text, rows with ends between them alone; the answer between <|extra_100|> and <|extra_101|>; read back."""
+    """Size as text, rows with ends between them alone; an answer between <|extra_100|> and <|extra_101|>; read back."""
     codes, ids = np.random.default_rng(0).integers(0, 131_072, (1, 45, 45)), names()
     assert released.span_ids(Span("image", codes)).tolist() == written(codes[0])
     document = released.pack([Span("text", np.array([5]), context=True), Span("image", codes)])

@@ -80,7 +80,10 @@ _EMU3_5_ITSELF = {
     "architectures": ["Emu3ForCausalLM"],
     "rope_parameters": None,
     "rope_theta": 500.0,
-    **{"eol_token_id": 300, "img_token_id": 305, "boi_token_id": 306, "eoi_token_id": 307},
+    "eol_token_id": 300,
+    "img_token_id": 305,
+    "boi_token_id": 306,
+    "eoi_token_id": 307,
 }
 _ANYGPT = ["[Human]", "[MMGPT]", "<eoh>", "<eos>"]
 for _letters, _prefix, _count in (("im", "👀", 8), ("sp", "🗣️", 6), ("mu", "🎶", 4 * 5)):
