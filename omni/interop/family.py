@@ -78,8 +78,7 @@ class Family:
     places: Callable[[TransformerConfig, str], list[Place]]
     """Which tensor is which, for a configuration and a prefix of names."""
     holds: Callable[[Settings], bool] = lambda settings: True
-    """Whether a config.json of this type is of this family; where several have the type, the first that says so counts.
-    """
+    """Whether a config.json of this type is this family's; of several of one type the first that says so counts."""
     text: Callable[[epath.Path, np.ndarray | None], JsonTextTokenizer | None] = text_tokenizer
     """The text tokenizer of a directory, if it has one, for these ids or all that are text."""
     prefix: str = "model."

@@ -17,7 +17,7 @@ from etils import epath
 from omni_tokenizers.errors import OmniError
 from omni_tokenizers.text_json import LARGEST
 
-LONGEST = 512
+LONGEST = 256
 """Bytes of a piece: the ways to cut it grow with them."""
 
 
