@@ -221,8 +221,8 @@ def _branch(
         return len(longest) - (largest.grid[0] - frames) * layout.frame_length(shape), closing
     if (frames, rows) != (1, 1):
         return 0, list(layout.symbols(shape))
-    # A shorter row of codes is the beginning of the longest one, up to its own last step, then the delayed rest.
-    full, after = (sum(1 for _ in layout.row(0, largest.grid[2], step)) for step in (0, columns))
+    # A shorter row of codes is the beginning of the longest one, up to its own last step, then the delayed rest. The
+    # beginning is counted, not written out: for thousands of lengths that takes a minute.
     lead = next(i for i, symbol in enumerate(longest) if symbol[1] == CODE)
-    head = lead + full - after
-    return head, list(layout.symbols(shape))[head:]
+    shared = sum(max(0, columns - delay) for delay in layout.delays)
+    return lead + shared, list(layout.ending(shape))

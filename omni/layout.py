@@ -167,14 +167,24 @@ class SpanLayout:
 
     def frame(self, frame: int, shape: Shape) -> Iterator[Symbol]:
         """The tokens of one frame: all codes of what is no video."""
-        _, rows, columns = shape.grid
         yield from _fixed(self.frame_begin, FRAME_BOUNDARY)
-        for row in range(rows):
-            for level, _, column in self.row(row, columns):
-                yield -1, CODE, level, frame, row, column
-            if row < rows - 1 or self.last_row_end:
-                yield from _fixed(self.row_end, ROW_END, row)
+        for row in range(shape.grid[1]):
+            yield from self._row(frame, row, shape)
         yield from _fixed(self.frame_end, FRAME_BOUNDARY)
+
+    def _row(self, frame: int, row: int, shape: Shape, first_step: int = 0) -> Iterator[Symbol]:
+        """The tokens of a row, from the codes of step `first_step` on."""
+        _, rows, columns = shape.grid
+        for level, _, column in self.row(row, columns, first_step):
+            yield -1, CODE, level, frame, row, column
+        if row < rows - 1 or self.last_row_end:
+            yield from _fixed(self.row_end, ROW_END, row)
+
+    def ending(self, shape: Shape) -> Iterator[Symbol]:
+        """Of a span of one row of n columns, the tokens behind steps 0 to n - 1, with which longer rows begin, too."""
+        yield from self._row(0, 0, shape, shape.grid[2])
+        yield from _fixed(self.frame_end, FRAME_BOUNDARY)
+        yield from self.closing()
 
     def closing(self) -> Iterator[Symbol]:
         """The tokens after the codes."""

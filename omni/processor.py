@@ -175,6 +175,11 @@ class Processor:
             "audio": self._decode_audio,
             "video": self._decode_videos,
         }
+        if codes_alone := {span.modality for span in flat} - set(decoders):
+            raise OmniError(
+                f"{min(codes_alone)} is codes alone to this model, of which no part is made: ask for others with want, "
+                "or for ids with model.engine.generate"
+            )
         for modality, decode in decoders.items():
             places = [i for i, span in enumerate(flat) if span.modality == modality]
             for start in range(0, len(places), _BATCH):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni.grammar import Grammar, GrammarError, Span
-from omni.layout import CODE, ROLES
+from omni.layout import CODE, ROLES, SpanLayout
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.errors import OmniError
 
@@ -379,3 +379,18 @@ def test_long_sounds_compile_fast_enough_to_be_declared():
         {"format": 1, "control": CONTROL, "modalities": {"text": {"block": "text"}, "thing": layout}}, vocabulary
     )
     assert len(grammar.tables.cost) < 750 * 8 * 6
+
+
+def test_thousands_of_lengths_compile_without_writing_each_out(monkeypatch):
+    """What is written out to compile lengths 1 to 3000 is some tokens for each, not as many as each is long."""
+    counted, row = [0], SpanLayout.row
+
+    def counting(self, *place):
+        for symbol in row(self, *place):
+            counted[0] += 1
+            yield symbol
+
+    monkeypatch.setattr(SpanLayout, "row", counting)
+    layout = LAYOUTS["frames delayed"] | {"shapes": [{"columns": {"min": 1, "max": 3000}}]}
+    grammar = make_grammar(layout)
+    assert len(grammar.layouts["thing"].shapes) == 3000 and counted[0] < 10 * 3000

@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 
 import omni_tokenizers
 from omni.grammar import Grammar
-from omni.interop import chameleon, emu3, llama, qwen3
+from omni.interop import anygpt, chameleon, emu3, emu3_5, llama, qwen3
 from omni.interop import chameleon_original as release
-from omni.interop.family import Family, Place, Preset
+from omni.interop.family import ADDED_TOKENS, TOKENIZER, Family, Place, Preset
 from omni.interop.weights import NamedTensors, places_in, read_transformer, their_shapes, their_tensors
 from omni.model import Transformer, TransformerConfig
 from omni.vocabulary import LARGEST, Vocabulary
@@ -29,15 +29,16 @@ from omni_tokenizers.checkpoints import PLACES
 from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.errors import OmniError
 from omni_tokenizers.tensor_files import open_directory, write_directory
+from omni_tokenizers.text_json import LARGEST as LARGEST_TOKENIZER
 from omni_tokenizers.text_json import JsonTextTokenizer
 
 if TYPE_CHECKING:
     from omni.bundle import Model
 
-TOKENIZER = "tokenizer.json"
 LONGEST_CONTEXT = 1 << 30
-FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (chameleon, emu3, llama, qwen3)}
-"""By "model_type"; an export is of the first that lacks nothing, so those with tokenizers of their own stand first."""
+FAMILIES: tuple[Family, ...] = tuple(module.FAMILY for module in (chameleon, emu3, emu3_5, anygpt, llama, qwen3))
+"""A directory is of the first that holds it, an export of the first that lacks nothing: the special stand first."""
+MODEL_TYPES = tuple(dict.fromkeys(family.model_type for family in FAMILIES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +65,10 @@ def holds_model(path: epath.PathLike) -> bool:
     if not path.exists():
         return False
     kind = read_object(path, LARGEST_CHECKPOINT_CONFIG).get("model_type")
-    if not isinstance(kind, str) or (kind not in FAMILIES and kind not in PLACES):
-        known = f"supported are {', '.join(FAMILIES)}; of tokenizers {', '.join(PLACES)}"
+    if not isinstance(kind, str) or (kind not in MODEL_TYPES and kind not in PLACES):
+        known = f"supported are {', '.join(MODEL_TYPES)}; of tokenizers {', '.join(PLACES)}"
         raise OmniError(f"{path}: nothing of type {kind!r} can be read; {known}")
-    return kind in FAMILIES
+    return kind in MODEL_TYPES
 
 
 def is_public(directory: epath.PathLike) -> bool:
@@ -97,7 +98,8 @@ def load_checkpoint(
     if not (directory / CHECKPOINT_CONFIG).exists():
         return _load_release(directory, mesh, dtype, torch_reader)
     path = directory / CHECKPOINT_CONFIG
-    settings = Settings(read_object(path, LARGEST_CHECKPOINT_CONFIG), str(path))
+    values = read_object(path, LARGEST_CHECKPOINT_CONFIG)
+    settings = Settings(values | {ADDED_TOKENS: _added_tokens(directory)}, str(path))
     family = _family(settings)
     try:
         config = family.read(settings)
@@ -121,7 +123,7 @@ def load_checkpoint(
         grammar,
         _tokenizers(directory, family, preset, any(name.startswith(family.others) for name in tensors)),
         context,
-        read_object(settings_file) if settings_file.exists() else None,
+        read_object(settings_file) if settings_file.exists() else preset.generation,
     )
 
 
@@ -156,10 +158,26 @@ def _transformer(
 
 def _family(settings: Settings) -> Family:
     kind = settings.values.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise OmniError(f"{settings.source}: no model of type {kind!r} can be read; supported are {known}")
-    return FAMILIES[kind]
+    for family in FAMILIES:
+        if family.model_type == kind and family.holds(settings):
+            return family
+    known = ", ".join(MODEL_TYPES)
+    raise OmniError(f"{settings.source}: no model of type {kind!r} can be read; supported are {known}")
+
+
+def _added_tokens(directory: epath.Path) -> dict[str, int]:
+    """Ids by name of the tokens that the files of a text tokenizer add to its pieces; of older ones in a file alone."""
+    whole, alone = directory / TOKENIZER, directory / "added_tokens.json"
+    if whole.exists():
+        entries = read_object(whole, LARGEST_TOKENIZER).get("added_tokens")
+        entries = entries if isinstance(entries, list) else []  # what reads the whole file refuses any other form
+        pairs = [(entry.get("content"), entry.get("id")) for entry in entries if isinstance(entry, dict)]
+    else:
+        whole, pairs = alone, list(read_object(alone, LARGEST_TOKENIZER).items()) if alone.exists() else []
+    for name, token in pairs:
+        if type(name) is not str or type(token) is not int or not 0 <= token < LARGEST:
+            raise OmniError(f"{whole}: the added token {name!r} has {token!r}, which is no id")
+    return dict(pairs)
 
 
 def _preset(directory: epath.Path, family: Family, settings: Settings, config: TransformerConfig) -> Preset:
@@ -167,8 +185,8 @@ def _preset(directory: epath.Path, family: Family, settings: Settings, config: T
     own = {name: directory / f"{name}.json" for name in ("vocabulary", "grammar")}
     found = {name: read_object(path, LARGEST_CHECKPOINT_CONFIG) for name, path in own.items() if path.exists()}
     if "vocabulary" not in found:
-        preset = family.preset(settings, config, _text(directory))
-        return dataclasses.replace(preset, declaration=found.get("grammar", preset.declaration))
+        preset = family.preset(settings, config, family.text(directory, None))
+        return Preset(preset.vocabulary, found["grammar"]) if "grammar" in found else preset
     if "grammar" not in found:
         raise OmniError(
             f"{own['grammar']}: no such file, without which {own['vocabulary'].name} says too little; add it"
@@ -180,11 +198,6 @@ def _preset(directory: epath.Path, family: Family, settings: Settings, config: T
     return Preset(vocabulary, found["grammar"])
 
 
-def _text(directory: epath.Path) -> JsonTextTokenizer | None:
-    path = directory / TOKENIZER
-    return JsonTextTokenizer.from_file(path) if path.exists() else None
-
-
 def _tokenizers(
     directory: epath.Path, family: Family, preset: Preset, inside: bool
 ) -> dict[str, omni_tokenizers.Tokenizer]:
@@ -192,9 +205,9 @@ def _tokenizers(
     modalities = preset.declaration["modalities"]
     own = {modality: directory / "tokenizers" / modality for modality in modalities}
     found = {modality: omni_tokenizers.load(path) for modality, path in own.items() if path.exists()}
-    if "text" not in found and (directory / TOKENIZER).exists():
-        ids = preset.vocabulary.block(modalities["text"]["block"])
-        found["text"] = JsonTextTokenizer.from_file(directory / TOKENIZER, ids)
+    ids = preset.vocabulary.block(modalities["text"]["block"])
+    if "text" not in found and (text := family.text(directory, ids)) is not None:
+        found["text"] = text
     return family.tokenizers(directory) | found if inside and "image" not in found else found
 
 
@@ -230,11 +243,11 @@ def export_checkpoint(model: Model, directory: epath.PathLike, dtype: str = "flo
 
 def _family_like(model: Model) -> Family:
     """The family to which a model belongs by its configuration and its pieces."""
-    lacks = {family.name: family.lacks(model) for family in FAMILIES.values()}
-    for name, what in lacks.items():
+    lacks = [(family, family.lacks(model)) for family in FAMILIES]
+    for family, what in lacks:
         if what is None:
-            return FAMILIES[name]
-    reasons = ", ".join(f"{name} has no {what}" for name, what in lacks.items())
+            return family
+    reasons = ", ".join(f"{family.name} has no {what}" for family, what in lacks)
     raise OmniError(f"transformers has no model like this one: {reasons}")
 
 

@@ -165,6 +165,7 @@ def more_tensors(model: Model) -> dict[str, np.ndarray]:
 
 FAMILY = Family(
     name="chameleon",
+    model_type="chameleon",
     context_length=4096,
     read=read,
     write=write,

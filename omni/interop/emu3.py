@@ -104,7 +104,7 @@ def preset(settings: Settings, config: TransformerConfig, text: JsonTextTokenize
     no_text = [token for name, token in names.items() if _NO_TEXT.fullmatch(name)]
     blocks = {"text": text_ids(published, text, [*no_text, *special.values()]), "image": codes}
     step = 2 ** (stages(pictures, (1, 2, 2, 4)) - 1)
-    spell, context = _spelling(names, text), own.get("max_position_embeddings", CONTEXT_LENGTH)
+    spell, context = spelling(names, text), own.get("max_position_embeddings", CONTEXT_LENGTH)
     written = sizes(step, context, spell) if spell and names.keys() >= set(ROLES.values()) else []
     if not written:
         why = f"no size fits {context} tokens" if spell else "add tokenizer.json, by which sizes are written"
@@ -143,8 +143,8 @@ def sizes(step: int, context: int, spell: Callable[[str], list[int]]) -> list[di
     return [{"rows": rows, "columns": columns, "prefix": ids} for (rows, columns), ids in found.items()]
 
 
-def _spelling(names: Mapping[str, int], text: JsonTextTokenizer | None) -> Callable[[str], list[int]] | None:
-    """What gives the ids of a size; None if it is not known."""
+def spelling(names: Mapping[str, int], text: JsonTextTokenizer | None) -> Callable[[str], list[int]] | None:
+    """What gives the ids of a size, by the text tokenizer or by the ids of characters; None if neither is known."""
     if text is not None:
         return lambda size: text.ids[text.encode(size)].tolist()
     if set("0123456789*") <= names.keys():
@@ -190,6 +190,7 @@ def more_tensors(model: Model) -> dict[str, np.ndarray]:
 
 FAMILY = Family(
     name="emu3",
+    model_type="emu3",
     context_length=CONTEXT_LENGTH,
     read=read,
     write=write,

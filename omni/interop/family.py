@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from omni.bundle import Model
 
 
+TOKENIZER = "tokenizer.json"
+ADDED_TOKENS = "added_tokens"
+"""Where `Settings` of a directory have, beside config.json's own keys, the ids by name that its tokenizer adds."""
+
 log = logging.getLogger(__name__)
 
 
@@ -43,14 +47,24 @@ class Preset:
     vocabulary: Vocabulary
     declaration: Mapping[str, Any]
     """The grammar."""
+    generation: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    """Settings with which the family's own tools draw, name -> modality -> value."""
+
+
+def text_tokenizer(directory: epath.Path, ids: np.ndarray | None = None) -> JsonTextTokenizer | None:
+    """That of tokenizer.json, if it is there; `ids` as of `JsonTextTokenizer`."""
+    path = directory / TOKENIZER
+    return JsonTextTokenizer.from_file(path, ids) if path.exists() else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How the directories of one model_type relate to a model here."""
+    """How the directories of one kind relate to a model here."""
 
     name: str
-    """"model_type" in config.json."""
+    """What messages call it."""
+    model_type: str
+    """"model_type" in config.json; several families may have one."""
     context_length: int
     """max_position_embeddings where config.json leaves it out."""
     read: Callable[[Settings], TransformerConfig]
@@ -63,6 +77,10 @@ class Family:
     """Vocabulary and grammar, from a config.json and the text tokenizer if there is one."""
     places: Callable[[TransformerConfig, str], list[Place]]
     """Which tensor is which, for a configuration and a prefix of names."""
+    holds: Callable[[Settings], bool] = lambda settings: True
+    """Whether a config.json of this type is this family's; of several of one type the first that says so counts."""
+    text: Callable[[epath.Path, np.ndarray | None], JsonTextTokenizer | None] = text_tokenizer
+    """The text tokenizer of a directory, if it has one, for these ids or all that are text."""
     prefix: str = "model."
     """What stands before the names of the transformer's tensors."""
     other_prefixes: tuple[str, ...] = ()

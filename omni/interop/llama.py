@@ -18,6 +18,7 @@ DEFAULTS = {
 
 FAMILY = Family(
     name="llama",
+    model_type="llama",
     context_length=2048,
     read=lambda settings: read_config(settings, DEFAULTS, qk_norm="none"),
     write=lambda model: write_config(model, "llama", "LlamaForCausalLM"),

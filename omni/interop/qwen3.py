@@ -20,6 +20,7 @@ DEFAULTS = {
 
 FAMILY = Family(
     name="qwen3",
+    model_type="qwen3",
     context_length=32_768,
     read=lambda settings: read_config(settings, DEFAULTS, qk_norm="rms"),
     write=lambda model: write_config(model, "qwen3", "Qwen3ForCausalLM"),

@@ -284,7 +284,7 @@ def cut(directory):
     [
         (
             change_config(model_type="bloom"),
-            "'bloom' can be read; supported are chameleon, emu3, llama, qwen3",
+            "'bloom' can be read; supported are chameleon, emu3, Emu3, llama, qwen3",
         ),
         (change_config(model_type=["llama"]), "no model of type"),
         (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
@@ -324,6 +324,9 @@ def cut(directory):
         (change_index(lambda d, m: m.update({NORM: ".."})), "must give the name of a file beside it"),
         (change_index(lambda d, m: m.update({"more": m[NORM]})), "has no tensor 'more', which"),
         (lambda d: (d / "tokenizer.json").write_text("{}"), r"tokenizer\.json: not a tokenizer\.json"),
+        (lambda d: (d / "tokenizer.json").write_text('{"added_tokens": 1}'), r"tokenizer\.json: not a tokenizer\.json"),
+        (lambda d: (d / "tokenizer.json").write_text('{"added_tokens": [{"id": -1}]}'), "None has -1, which is no id"),
+        (lambda d: (d / "added_tokens.json").write_text('{"a": "b"}'), "added token 'a' has 'b', which is no id"),
         (
             both(
                 change_tensors(lambda t: t.update({"model.layers.199999.input_layernorm.weight": t[NORM]})),

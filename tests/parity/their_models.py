@@ -1,6 +1,10 @@
-"""Tiny language models of transformers with noise in every parameter, as directories, and what they say of ids."""
+"""Tiny language models of transformers with noise in every parameter, as directories, and what they say of ids.
+
+A family that transformers lacks is written by the class that computes the same, under its own config.json.
+"""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +73,21 @@ _EMU3 = {
     | {"<image>": 75}
     | {character: 20 + number for number, character in enumerate("0123456789*")},
 }
+# Text, 203 control tokens up to the end of a row, five more, codes of pictures.
+_EMU3_5 = {"vocab_size": 448, "head_dim": 16, "bos_token_id": 303, "eos_token_id": 304, "pad_token_id": 97}
+_EMU3_5_ITSELF = {
+    "model_type": "Emu3",
+    "architectures": ["Emu3ForCausalLM"],
+    "rope_parameters": None,
+    "rope_theta": 500.0,
+    "eol_token_id": 300,
+    "img_token_id": 305,
+    "boi_token_id": 306,
+    "eoi_token_id": 307,
+}
+_ANYGPT = ["[Human]", "[MMGPT]", "<eoh>", "<eos>"]
+for _letters, _prefix, _count in (("im", "👀", 8), ("sp", "🗣️", 6), ("mu", "🎶", 4 * 5)):
+    _ANYGPT += [f"<{_prefix}{code}>" for code in range(_count)] + [f"<so{_letters}>", f"<eo{_letters}>"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +97,10 @@ class Theirs:
     kind: str
     """Name of the classes before Config and ForCausalLM (or ForConditionalGeneration)."""
     settings: dict[str, Any]
+    itself: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What config.json says otherwise where the class only stands in for the family's own; None: nothing."""
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Other files of the directory, by name."""
 
     def write(self, directory: Path):
         """Writes the model, every tensor noise, and returns it, in evaluation."""
@@ -86,7 +109,13 @@ class Theirs:
         kind(getattr(transformers, f"{self.kind}Config")(**self.settings)).save_pretrained(directory)
         shapes = {key: list(value.shape) for key, value in weights.read(directory / "model.safetensors").items()}
         weights.write(directory / "model.safetensors", noise_tensors(shapes), {"format": "pt"})
-        return kind.from_pretrained(directory, attn_implementation="eager").eval().requires_grad_(False)
+        model = kind.from_pretrained(directory, attn_implementation="eager").eval().requires_grad_(False)
+        if self.itself:
+            config = json.loads((directory / "config.json").read_text()) | self.itself
+            (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        for name, content in self.files.items():
+            (directory / name).write_text(content)
+        return model
 
 
 CASES = {
@@ -98,6 +127,12 @@ CASES = {
     "chameleon swin": Theirs("Chameleon", _CHAMELEON | {"swin_norm": True, "model_parallel_size": 2}),
     "emu3": Theirs("Emu3", _EMU3),
     "qwen3 tied": Theirs("Qwen3", _SHARED | {"head_dim": 12, "tie_word_embeddings": True}),
+    "emu3.5": Theirs("Qwen3", _SHARED | _EMU3_5, _EMU3_5_ITSELF),
+    "anygpt": Theirs(
+        "Llama",
+        _SHARED,
+        files={"added_tokens.json": json.dumps({name: 52 + place for place, name in enumerate(_ANYGPT)})},
+    ),
 }
 
 
@@ -115,10 +150,20 @@ def greedy(model, ids: np.ndarray, tokens: int) -> np.ndarray:
     return ids[:, -tokens:]
 
 
-def loaded(directory: Path):
-    """What transformers makes of a directory, and the keys that it misses or does not know."""
-    found = transformers.AutoConfig.from_pretrained(directory)
-    kind = getattr(transformers, found.architectures[0])
-    model, report = kind.from_pretrained(directory, output_loading_info=True, attn_implementation="eager")
+def loaded(directory: Path, stands_in: str | None = None):
+    """What transformers makes of a directory, and the keys that it misses or does not know.
+
+    Args:
+      stands_in: kind of the classes to take where it has none of that model_type.
+    """
+    if stands_in is None:
+        config = transformers.AutoConfig.from_pretrained(directory)
+    else:
+        values = json.loads((directory / "config.json").read_text()) | {"architectures": [f"{stands_in}ForCausalLM"]}
+        config = getattr(transformers, f"{stands_in}Config")(**{k: v for k, v in values.items() if k != "model_type"})
+    kind = getattr(transformers, config.architectures[0])
+    model, report = kind.from_pretrained(
+        directory, config=config, output_loading_info=True, attn_implementation="eager"
+    )
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     return model.eval(), [key for kind in kinds for key in report[kind]]
