@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from omni.model.transformer import ADAPTER, SUMMED, Transformer
+from omni.model.transformer import ADAPTER, INPUTS, Transformer
 from omni_tokenizers.errors import UsageError
 
 ADAPTERS = f"blocks.*{ADAPTER}?"
@@ -25,7 +25,7 @@ class Lora:
     """Columns of A, rows of B."""
     alpha: float = 16.0
     """Times 1 / rank, the scale of A B."""
-    matrices: tuple[str, ...] = tuple(SUMMED)
+    matrices: tuple[str, ...] = tuple(INPUTS)
     """Those that have an adapter. All by default: with adapters of attention alone, training falls short of one of all
     parameters (Dettmers et al. 2023, arXiv:2305.14314, section 4)."""
     trained: tuple[str, ...] = ()
@@ -35,10 +35,10 @@ class Lora:
         if self.rank < 1 or not self.alpha > 0:
             raise UsageError(f"lora has rank {self.rank} and alpha {self.alpha}; both must be above 0")
         if not self.matrices:
-            raise UsageError(f"lora matrices are none; choose among {', '.join(SUMMED)}")
+            raise UsageError(f"lora matrices are none; choose among {', '.join(INPUTS)}")
         for name in self.matrices:
-            if name not in SUMMED:
-                raise UsageError(f"lora matrices name {name!r}; choose among {', '.join(SUMMED)}")
+            if name not in INPUTS:
+                raise UsageError(f"lora matrices name {name!r}; choose among {', '.join(INPUTS)}")
 
 
 def attach(model: Transformer, lora: Lora, rngs: nnx.Rngs) -> None:
@@ -54,7 +54,7 @@ def attach(model: Transformer, lora: Lora, rngs: nnx.Rngs) -> None:
             "choose among query, key, value, output"
         )
     for name in lora.matrices:
-        matrix, inputs = getattr(blocks, name), 1 + SUMMED[name]
+        matrix, inputs = getattr(blocks, name), 1 + INPUTS[name]
         shape, axes = matrix[...].shape, matrix.get_metadata()["axes"]
         draw = jax.nn.initializers.truncated_normal(np.prod(shape[1:inputs]) ** -0.5)
         first = draw(rngs.params(), (*shape[:inputs], lora.rank))
@@ -68,7 +68,7 @@ def merged(model: Transformer) -> Transformer:
     """The same function without adapters, of whose matrices each is W + (alpha / rank) A B: numpy, on the host."""
     model = nnx.merge(*nnx.split(model))  # with variables of its own
     weights = model.blocks.weights()
-    for name in SUMMED:
+    for name in INPUTS:
         if (first := name + ADAPTER + "a") in weights:
             matrix, second = getattr(model.blocks, name), name + ADAPTER + "b"
             a, b = np.asarray(weights[first]), np.asarray(weights[second])  # b has the scale

@@ -24,8 +24,8 @@ Weights = dict[str, Array]
 # (query, key, value) -> what the queries read, and what there is besides: the cache after it, or the largest scores.
 Attend = Callable[[Heads, KeyValueHeads, KeyValueHeads], tuple[Heads, Any]]
 
-SUMMED = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1, "down": 1}
-"""Matrices of a block, and over how many axes of theirs, the first ones, their products sum."""
+INPUTS = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1, "down": 1}
+"""Matrices of a block, and how many of their axes, the first ones, are inputs: those over which products sum."""
 ADAPTER = "_lora_"
 """What follows a matrix's name in those of its adapter's sides, `a` and `b`; see `omni.model.lora`."""
 
@@ -270,9 +270,9 @@ def linear(weights: Weights, name: str, x: Float[Array, "batch length *inputs"])
     def product(x: Array, name: str, summed: int) -> Array:
         return jnp.tensordot(x, weights[name].astype(x.dtype), summed)
 
-    y = product(x, name, SUMMED[name])
+    y = product(x, name, INPUTS[name])
     if name + ADAPTER + "a" in weights:
-        y += product(product(x, name + ADAPTER + "a", SUMMED[name]), name + ADAPTER + "b", 1)
+        y += product(product(x, name + ADAPTER + "a", INPUTS[name]), name + ADAPTER + "b", 1)
     return y
 
 

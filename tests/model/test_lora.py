@@ -11,7 +11,7 @@ from transformer_reference import forward
 
 from omni.model import Transformer
 from omni.model.lora import Lora, attach, merged
-from omni.model.transformer import SUMMED
+from omni.model.transformer import INPUTS
 from omni_tokenizers.errors import UsageError
 
 PAIRS = {  # the two sides of an adapter, multiplied
@@ -82,4 +82,4 @@ def test_what_cannot_be_adapted():
     model = Transformer(dataclasses.replace(TINY, experts=2), rngs=nnx.Rngs(0))
     with pytest.raises(UsageError, match="'down', of which each expert has its own"):
         attach(model, Lora(), nnx.Rngs(0))
-    attach(model, Lora(matrices=tuple(SUMMED)[:4]), nnx.Rngs(0))
+    attach(model, Lora(matrices=tuple(INPUTS)[:4]), nnx.Rngs(0))
