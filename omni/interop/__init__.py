@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from omni_tokenizers.text_json import JsonTextTokenizer
 if TYPE_CHECKING:
     from omni.bundle import Model
 
+log = logging.getLogger(__name__)
 TOKENIZER = "tokenizer.json"
 LONGEST_CONTEXT = 1 << 30
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (chameleon, emu3, llama, qwen3)}
@@ -231,11 +233,16 @@ def export_checkpoint(model: Model, directory: epath.PathLike, dtype: str = "flo
 def _family_like(model: Model) -> Family:
     """The family to which a model belongs by its configuration and its pieces."""
     lacks = {family.name: family.lacks(model) for family in FAMILIES.values()}
+    advice = ""
+    if "image" in model.grammar.modalities and "image" not in model.tokenizers:
+        advice = "; it came without its image tokenizer: add the directory tokenizers/image of the model it was before"
     for name, what in lacks.items():
         if what is None:
+            if advice:
+                log.warning("written as %s%s, to write it as that was", name, advice)
             return FAMILIES[name]
     reasons = ", ".join(f"{name} has no {what}" for name, what in lacks.items())
-    raise OmniError(f"transformers has no model like this one: {reasons}")
+    raise OmniError(f"transformers has no model like this one: {reasons}{advice}")
 
 
 def _write_json(path: epath.Path, data: Any) -> None:
