@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from omni.train.optimizer import OptimizerConfig, check_patterns, make_optimizer, make_schedule, partition
 from omni.train.task import LARGEST, Batch, Gallery, Task
+from omni_tokenizers.errors import UsageError
 from omni_tokenizers.losses.terms import Sum
 
 Metrics = dict[str, Sum]
@@ -92,11 +93,14 @@ def make_critic(task: Task, steps: int, seed: int) -> tuple[nnx.GraphDef, Critic
 def initial_moments(
     config: OptimizerConfig, steps: int, params: nnx.State, trained: Sequence[str] = ("*",), begin: int = 0
 ) -> Any:
-    """The optimizer's state before its first step, of the parameters that move; `UsageError` for a pattern that names
-    none."""
+    """The optimizer's state before its first step, of the parameters that move; `UsageError` if there are none, and for
+    a pattern that names none."""
     for setting in ("frozen", "no_decay"):
         check_patterns(params, getattr(config, setting), f"optimizer {setting}")
-    return make_optimizer(config, steps, begin).init(partition(params, trained, config.frozen)[0])
+    moving, _ = partition(params, trained, config.frozen)
+    if not moving:
+        raise UsageError("optimizer frozen: no parameter is left to train")
+    return make_optimizer(config, steps, begin).init(moving)
 
 
 def make_train_step(

@@ -110,10 +110,12 @@ def test_a_run_with_adapters_is_started_from_by_its_finished_model(base, trained
 
 
 def test_what_cannot_be_is_said(base, tmp_path):
-    """Adapters of a net that begins fresh, and a pattern that names nothing."""
+    """Adapters of a net that begins fresh, a pattern that names nothing, and nothing that moves."""
     config = on_adapters(base, tmp_path / "run")
     with pytest.raises(UsageError, match="name it with start_from"):
         dataclasses.replace(config, start_from=None)
     task = dataclasses.replace(config.task, lora=dataclasses.replace(LORA, trained=("embeddings",)))
     with pytest.raises(UsageError, match="trained: no parameter is named 'embeddings'"):
         train(dataclasses.replace(config, task=task))
+    with pytest.raises(UsageError, match="no parameter is left to train"):
+        Program(on_adapters(base, tmp_path / "run", frozen=("embedding", "blocks.*")))
