@@ -108,6 +108,8 @@ class ShardingRules:
     """Hidden width of feed-forward layers."""
     experts: MeshAxes = "expert"
     """Experts of a mixture."""
+    rank: MeshAxes = None
+    """Narrow side of an adapter."""
 
     def spec(self, axes: tuple[str | None, ...]) -> PartitionSpec:
         """Where an array with these logical axes lies (None: an axis that is never split).

@@ -25,6 +25,7 @@ EIGHT_DEVICES = """
     import numpy as np
     from flax import nnx
     from omni.model import Transformer, TransformerConfig
+    from omni.model.lora import Lora, attach
     from omni.sharding import MeshConfig, ShardingRules, activations_on, batch_sharding, make_mesh, sharding_tree
 
     config = TransformerConfig(
@@ -32,12 +33,20 @@ EIGHT_DEVICES = """
     )
     optimizer, rules = optax.adamw(1e-3), ShardingRules()
 
+    def adapted():
+        model = Transformer(config, rngs=nnx.Rngs(0))
+        attach(model, Lora(rank=3), nnx.Rngs(1))
+        for number, (name, value) in enumerate(sorted(vars(model.blocks).items())):
+            if name.endswith("_lora_b"):
+                value[...] = 0.1 * jax.random.normal(jax.random.key(number), value.shape)
+        return model
+
     def create():
-        params = nnx.state(Transformer(config, rngs=nnx.Rngs(0)), nnx.Param)
+        params = nnx.state(adapted(), nnx.Param)
         return params, optimizer.init(params)
 
     def loss(params, ids, positions, segments):
-        model = Transformer(config, rngs=nnx.Rngs(0))
+        model = adapted()
         nnx.update(model, params)
         logits = model(ids, positions, segments)[:, :-1]
         return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
@@ -87,7 +96,8 @@ def abstract_mesh(**sizes):
 
 
 def test_eight_devices_compute_what_one_does():
-    """On (data 2, fsdp 2, tensor 2): loss and gradients within 1e-5, at most 27.5 % of the state on any device.
+    """On (data 2, fsdp 2, tensor 2): loss and gradients within 1e-5, at most 27.5 % of the state on any device; with an
+    adapter of every matrix, so that these are among the gradients.
 
     Each device computes its 2 rows of 8 and holds activations of no more; what the scan over both layers keeps of the
     residual stream is further split along the length.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ from omni_tokenizers.text_json import JsonTextTokenizer
 if TYPE_CHECKING:
     from omni.bundle import Model
 
+log = logging.getLogger(__name__)
 LONGEST_CONTEXT = 1 << 30
 FAMILIES: tuple[Family, ...] = tuple(module.FAMILY for module in (chameleon, emu3, emu3_5, anygpt, llama, qwen3))
 """A directory is of the first that holds it, an export of the first that lacks nothing: the special stand first."""
@@ -244,11 +246,16 @@ def export_checkpoint(model: Model, directory: epath.PathLike, dtype: str = "flo
 def _family_like(model: Model) -> Family:
     """The family to which a model belongs by its configuration and its pieces."""
     lacks = [(family, family.lacks(model)) for family in FAMILIES]
+    advice = ""
+    if "image" in model.grammar.modalities and "image" not in model.tokenizers:
+        advice = "; it came without its image tokenizer: add the directory tokenizers/image of the model it was before"
     for family, what in lacks:
         if what is None:
+            if advice:
+                log.warning("written as %s%s, to write it as that was", family.name, advice)
             return family
     reasons = ", ".join(f"{family.name} has no {what}" for family, what in lacks)
-    raise OmniError(f"transformers has no model like this one: {reasons}")
+    raise OmniError(f"transformers has no model like this one: {reasons}{advice}")
 
 
 def _write_json(path: epath.Path, data: Any) -> None:

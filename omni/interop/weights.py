@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from omni.interop.family import LAYER, Family, Place
 from omni.model import Transformer, TransformerConfig
+from omni.model.transformer import INPUTS
 from omni.sharding import ShardingRules, named_sharding, placed
 from omni_tokenizers import weights
 from omni_tokenizers.errors import OmniError
@@ -34,8 +35,6 @@ class NamedTensors(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
 
-INPUTS = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1, "down": 1}
-"""Matrices of a block, and how many axes of ours are its inputs: first here; PyTorch has [outputs, inputs]."""
 _VOCABULARY = ("embedding", "head")
 _CONSTANTS = ("rotary_emb.inv_freq",)
 """Ends of names in older files of what follows from the configuration."""
@@ -181,7 +180,7 @@ def their_shape(ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def to_ours(ours: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor of the checkpoint in our layout: inputs first, heads apart."""
+    """A tensor of the checkpoint, outputs first, in our layout: inputs first, heads apart."""
     return value.T.reshape(shape) if ours.removeprefix("blocks.") in INPUTS else value
 
 

@@ -24,6 +24,11 @@ Weights = dict[str, Array]
 # (query, key, value) -> what the queries read, and what there is besides: the cache after it, or the largest scores.
 Attend = Callable[[Heads, KeyValueHeads, KeyValueHeads], tuple[Heads, Any]]
 
+INPUTS = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1, "down": 1}
+"""Matrices of a block, and how many of their axes, the first ones, are inputs: those over which products sum."""
+ADAPTER = "_lora_"
+"""What follows a matrix's name in those of its adapter's sides, `a` and `b`; see `omni.model.lora`."""
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["stream", "routers", "norms", "largest_logits"], meta_fields=[])
 @dataclass(frozen=True)
@@ -42,6 +47,9 @@ class Features:
 
 class Blocks(nnx.Module):
     """The parameters of all blocks, each stacked over layers: [depth, ...]."""
+
+    adapter_scale = 1.0
+    """Of what adapters add."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         dim, heads, groups, head_dim = config.dim, config.heads, config.key_value_heads, config.head_dim
@@ -81,8 +89,9 @@ class Blocks(nnx.Module):
         self.down = matrix(each + "mlp embed", *of, config.mlp_dim, dim, deviation=shrink * config.mlp_dim**-0.5)
 
     def weights(self) -> Weights:
-        """The arrays by name, every one [depth, ...]."""
-        return {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Param)}
+        """The arrays by name, every one [depth, ...]; of an adapter the second has the scale of both."""
+        arrays = {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Param)}
+        return {name: x * self.adapter_scale if name.endswith(ADAPTER + "b") else x for name, x in arrays.items()}
 
 
 class Transformer(nnx.Module):
@@ -228,15 +237,13 @@ def attention(
     config: TransformerConfig, weights: Weights, x: Stream, by: Rotation, attend: Attend
 ) -> tuple[Stream, Any]:
     """Project to heads, normalise queries and keys (arXiv:2010.04245), rotate, attend, project back."""
-    query, key, value = (
-        jnp.einsum("bld,dhk->blhk", x, weights[name].astype(x.dtype)) for name in ("query", "key", "value")
-    )
+    query, key, value = (linear(weights, name, x) for name in ("query", "key", "value"))
     query = laid_out(rotate(head_norm(config, query, weights, "query_norm"), by), "query", "heads")
     key = laid_out(rotate(head_norm(config, key, weights, "key_norm"), by), "key", "key_value_heads")
     value = laid_out(value, "value", "key_value_heads")
     read, cache = attend(query, key, value)
     read = checkpoint_name(read, "attention")
-    change = jnp.einsum("blhk,hkd->bld", read, weights["output"].astype(x.dtype))
+    change = linear(weights, "output", read)
     return checkpoint_name(constrain(change, "batch", "stream", None), "attention_output"), cache
 
 
@@ -251,9 +258,22 @@ def laid_out(x: Heads, name: str, heads: str) -> Heads:
 
 def mlp(weights: Weights, x: Stream) -> Stream:
     """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
-    gate, up, down = (weights[name].astype(x.dtype) for name in ("gate", "up", "down"))
-    hidden = jax.nn.silu(checkpoint_name(x @ gate, "gate")) * checkpoint_name(x @ up, "up")
-    return checkpoint_name(constrain(hidden @ down, "batch", "stream", None), "mlp_output")
+    gate = jax.nn.silu(checkpoint_name(linear(weights, "gate", x), "gate"))
+    hidden = gate * checkpoint_name(linear(weights, "up", x), "up")
+    return checkpoint_name(constrain(linear(weights, "down", hidden), "batch", "stream", None), "mlp_output")
+
+
+def linear(weights: Weights, name: str, x: Float[Array, "batch length *inputs"]) -> Float[Array, "batch length *out"]:
+    """The product with one of a block's matrices, and with its adapter where it has one: through the narrow middle, so
+    that no gradient is computed for a matrix that is not trained."""
+
+    def product(x: Array, name: str, summed: int) -> Array:
+        return jnp.tensordot(x, weights[name].astype(x.dtype), summed)
+
+    y = product(x, name, INPUTS[name])
+    if name + ADAPTER + "a" in weights:
+        y += product(product(x, name + ADAPTER + "a", INPUTS[name]), name + ADAPTER + "b", 1)
+    return y
 
 
 def head_norm(config: TransformerConfig, x: Heads, weights: Weights, name: str) -> Heads:

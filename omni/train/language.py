@@ -24,7 +24,8 @@ from omni.model.attention import row_order
 from omni.model.config import TransformerConfig
 from omni.model.embeddings import start_from_codebook
 from omni.model.files import save_transformer
-from omni.model.presets import training_flops_per_token
+from omni.model.lora import ADAPTERS, Lora, attach, merged
+from omni.model.presets import active_parameter_count, training_flops_per_token
 from omni.model.transformer import Transformer
 from omni.train.cross_entropy import token_losses
 from omni.train.task import LARGEST, Batch, Task, Work
@@ -64,6 +65,8 @@ class TransformerTask(Task):
     the shards hold them; see `omni.model.embeddings`."""
     held_out: str | None = None
     """Shard directory of documents that are only measured."""
+    lora: Lora | None = None
+    """Adapters that are trained in place of all parameters; the finished model has them merged. None: no adapters."""
 
     @functools.cached_property
     def mixture(self) -> list[tuple[TokenShards | RandomDocuments, float]]:
@@ -111,7 +114,12 @@ class TransformerTask(Task):
                 ids, key = self.shards.vocabulary.block(name), rngs.params()
                 rows = start_from_codebook(model.embedding[...], ids, vectors, self.codebook_share, key)
                 model.embedding[...] = rows
+        if self.lora is not None:
+            attach(model, self.lora, rngs)
         return model
+
+    def trained(self) -> Sequence[str]:
+        return super().trained() if self.lora is None else (ADAPTERS, *self.lora.trained)
 
     def loss(
         self, model: Transformer, batch: Batch, key: PRNGKeyArray, *, training: bool
@@ -186,13 +194,17 @@ class TransformerTask(Task):
         return {"vocabulary": self.shards.vocabulary.to_json(), "grammar": self.shards.grammar.to_json()}
 
     def work(self) -> Work:
-        return Work(self.row_length, training_flops_per_token(self.model, self.row_length))
+        flops = training_flops_per_token(self.model, self.row_length)
+        if self.lora is not None:  # no gradient of matrices
+            flops -= 2.0 * active_parameter_count(self.model)
+        return Work(self.row_length, flops)
 
     def save(self, model: Transformer, directory: epath.Path) -> None:
-        """Writes what `omni.bundle.Model` reads; tokenizers, which training knows not, if shards have them."""
+        """Writes what `omni.bundle.Model` reads, adapters merged; tokenizers, which training knows not, if shards have
+        them."""
         hashes = {"vocabulary": self.shards.vocabulary.hash, "grammar": self.shards.grammar.hash}
         tokenizers = self.shards.manifest["provenance"].get("tokenizers", {})
-        save_transformer(directory, model, context_length=self.row_length, belongs_to=hashes | tokenizers)
+        save_transformer(directory, merged(model), context_length=self.row_length, belongs_to=hashes | tokenizers)
         for file in (self.shards.directory / "tokenizers").glob("*/*"):  # omni tokenize leaves them there
             copied = directory / "tokenizers" / file.parent.name / file.name
             copied.parent.mkdir(parents=True, exist_ok=True)

@@ -89,6 +89,8 @@ class TrainConfig:
             profile_steps(self.profile)
         if self.start_names is not None and self.start_from is None:
             raise UsageError("start_names is set, but start_from names no run to take parameters from")
+        if self.start_from is None and self.task.trained() != ("*",):
+            raise UsageError("the task trains a few parameters of a net that stays; name it with start_from")
         adversary = self.task.adversary
         if adversary is not None and adversary.start >= self.steps:
             raise UsageError(

@@ -51,7 +51,7 @@ class OptimizerConfig:
     no_decay: tuple[str, ...] = ()
     """Patterns (`*`, `?`) of the names of parameters that do not decay either, as `embedding` or `blocks.*`."""
     frozen: tuple[str, ...] = ()
-    """Patterns of the names of parameters that never change; they have no moments."""
+    """Patterns of the names of parameters that never change; they have neither gradients nor moments."""
     clip_norm: float = 1.0
     """Largest norm of the whole gradient; 0 leaves it as it is."""
     ema_decay: float = 0.0
@@ -102,24 +102,9 @@ def make_schedule(config: OptimizerConfig, steps: int, begin: int = 0) -> optax.
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, begin: int = 0) -> optax.GradientTransformation:
-    """The optimizer, by the schedule of `make_schedule`, over an `nnx.State` of parameters; clipping is the step's.
-
-    Raises:
-      UsageError: when it meets parameters of which a pattern names none.
-    """
-    optimizer = _moving(config, make_schedule(config, steps, begin))
-    if not config.frozen:
-        return optimizer
-
-    def labels(params: nnx.State) -> nnx.State:
-        frozen = named(params, config.frozen, "frozen")
-        return jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "moving", frozen)
-
-    return optax.multi_transform({"moving": optimizer, "frozen": optax.set_to_zero()}, labels)
-
-
-def _moving(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The optimizer of the parameters that are not frozen."""
+    """The optimizer, by the schedule of `make_schedule`, over an `nnx.State` of the parameters that move; clipping is
+    the step's."""
+    schedule = make_schedule(config, steps, begin)
 
     def decays(params: nnx.State) -> nnx.State:
         return decay_mask(params, config.no_decay)
@@ -150,38 +135,41 @@ def _moving(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gradient
     )
 
 
-def named(params: nnx.State, patterns: Sequence[str], setting: str) -> nnx.State:
-    """True for the parameters whose dotted name fits a pattern; `UsageError` for a pattern that fits none."""
-    found = dict.fromkeys(patterns, False)
+def partition(params: nnx.State, trained: Sequence[str], frozen: Sequence[str]) -> tuple[nnx.State, nnx.State]:
+    """The parameters that move, those whose dotted names fit a pattern of `trained` and none of `frozen`, and the
+    others."""
 
-    def fits(path: tuple, variable: nnx.Param) -> nnx.Param:
-        name = ".".join(str(getattr(key, "key", key)) for key in path)
-        for pattern in patterns:
-            found[pattern] |= fnmatch.fnmatchcase(name, pattern)
-        fitting = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-        return jax.tree.map(lambda _: fitting, variable)
+    def moves(path: tuple, _: nnx.Param) -> bool:
+        return fits(path, trained) and not fits(path, frozen)
 
-    tree = jax.tree_util.tree_map_with_path(fits, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    for pattern, fitted in found.items():
-        if not fitted:
-            raise UsageError(f"optimizer {setting}: no parameter is named {pattern!r}")
-    return tree
+    return nnx.split_state(params, moves, ...)
+
+
+def fits(path: tuple, patterns: Sequence[str]) -> bool:
+    """Whether the dotted name of a parameter fits a pattern."""
+    return any(fnmatch.fnmatchcase(".".join(map(str, path)), pattern) for pattern in patterns)
+
+
+def check_patterns(params: nnx.State, patterns: Sequence[str], setting: str) -> None:
+    """Raises `UsageError` for a pattern that fits the name of no parameter."""
+    for pattern in patterns:
+        if not any(fits(path, (pattern,)) for path, _ in nnx.to_flat_state(params)):
+            raise UsageError(f"{setting}: no parameter is named {pattern!r}")
 
 
 def decay_mask(params: nnx.State, no_decay: Sequence[str] = ()) -> nnx.State:
     """True for parameters with two axes or more, not counting the axis over which layers are stacked, whose names fit
     no pattern of `no_decay`."""
 
-    def decays(variable: nnx.Param) -> nnx.Param:
-        if not jax.tree.leaves(variable):  # frozen
+    def decays(path: tuple, variable: nnx.Param) -> nnx.Param:
+        if not jax.tree.leaves(variable):  # masked out: optax asks again about what Muon leaves to AdamW
             return variable
         axes = variable.get_metadata().get("axes", ())
         rank = variable.get_value().ndim - ("layers" in axes)
-        return jax.tree.map(lambda _: rank >= 2, variable)
+        decaying = rank >= 2 and not fits([getattr(key, "key", key) for key in path], no_decay)
+        return jax.tree.map(lambda _: decaying, variable)
 
-    mask = jax.tree.map(decays, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    excepted = named(params, no_decay, "no_decay")
-    return jax.tree.map(lambda decays, excepted: decays and not excepted, mask, excepted)
+    return jax.tree_util.tree_map_with_path(decays, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def matrix_axes(params: nnx.State) -> nnx.State:

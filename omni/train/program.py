@@ -15,9 +15,15 @@ from omni.compiler_options import compiler_options
 from omni.machines import applied, mesh_of, recipe_for
 from omni.model.config import TransformerConfig
 from omni.sharding import ShardingRules, batch_sharding, make_mesh, replicated, sharding_tree
-from omni.train.optimizer import make_optimizer
 from omni.train.placement import shard_count
-from omni.train.step import TrainState, make_gallery_step, make_state, make_train_step, make_validation_step
+from omni.train.step import (
+    TrainState,
+    initial_moments,
+    make_gallery_step,
+    make_state,
+    make_train_step,
+    make_validation_step,
+)
 from omni.train.task import Gallery
 from omni_tokenizers.errors import UsageError
 
@@ -94,10 +100,11 @@ class Program:
             return state
 
         def changed(state: TrainState) -> TrainState:
-            config, schedule = self.config.optimizer, self._schedule
-            fresh = make_optimizer(config, len(schedule), schedule.start).init(state.params)
-            old = {_place(path): leaf for path, leaf in jax.tree.leaves_with_path(state.optimizer)}
-            moments = jax.tree.map_with_path(lambda path, leaf: old.get(_place(path), leaf), fresh)
+            config, steps = self.config, len(self._schedule)
+            trained, begin = config.task.trained(), self._schedule.start
+            fresh = initial_moments(config.optimizer, steps, state.params, trained, begin)
+            old = dict(jax.tree.leaves_with_path(state.optimizer))
+            moments = jax.tree.map_with_path(lambda path, leaf: old.get(path, leaf), fresh)
             return dataclasses.replace(state, optimizer=moments)
 
         return jax.jit(changed, out_shardings=self._shardings, donate_argnums=0)(state)
@@ -130,11 +137,6 @@ def by_recipe(config: TrainConfig, devices: Sequence[jax.Device] | None = None) 
     mesh = mesh_of(recipe, len(devices), len({getattr(device, "slice_index", 0) for device in devices}))
     task = dataclasses.replace(config.task, model=applied(recipe, model))
     return dataclasses.replace(config, task=task, mesh=mesh, recipe=False)
-
-
-def _place(path: tuple) -> str:
-    """Where a leaf of an optimizer's state lies, with frozen parameters or without."""
-    return jax.tree_util.keystr(path).removeprefix(".inner_states['moving'].inner_state")
 
 
 def check_row_length(config: TrainConfig) -> None:

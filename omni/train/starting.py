@@ -14,10 +14,11 @@ from etils import epath
 from flax import nnx
 
 from omni.model.files import DESCRIPTION, WEIGHTS
+from omni.model.lora import ADAPTERS
 from omni.sharding import placed
 from omni.train.checkpoints import CHECKPOINTS, restore_params
 from omni.train.step import TrainState
-from omni_tokenizers.errors import UsageError
+from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.tensor_files import TensorFiles, open_file
 
 logger = logging.getLogger(__name__)
@@ -26,14 +27,15 @@ logger = logging.getLogger(__name__)
 def start_from(state: TrainState, run: epath.PathLike, patterns: Sequence[str]) -> TrainState:
     """The state with the parameters of another run's newest checkpoint, or of a model, and a report in the log.
 
-    A model's are read one by one: the host never holds two of them.
+    A model's are read one by one: the host never holds two of them. A run with adapters gives its finished model, into
+    which they are merged.
 
     Args:
       run: a run's directory, or one of a model, such as `omni import` writes.
       patterns: which parameters, by dotted names such as `blocks.*`; `*` stands for anything.
 
     Raises:
-      OmniError: the other directory is neither run nor model, or it has no checkpoint.
+      OmniError: the other directory is neither run nor model, or it has no checkpoint, or adapters and no model yet.
       UsageError: a pattern fits no parameter, or none fits that the other run has in the same shape.
     """
     theirs = _parameters(epath.Path(run))
@@ -74,7 +76,12 @@ def _parameters(source: epath.Path) -> _Arrays | TensorFiles:
     """The parameters by dotted name: those of a run's newest checkpoint, else those of the model that lies there."""
     if not (source / CHECKPOINTS).exists() and (source / DESCRIPTION).exists():
         return open_file(source / WEIGHTS)
-    return _Arrays((_name(path), value) for path, value in _leaves(restore_params(source)[0]))
+    found = _Arrays((_name(path), value) for path, value in _leaves(restore_params(source)[0]))
+    if not any(fnmatchcase(name, ADAPTERS) for name in found):
+        return found
+    if not (source / DESCRIPTION).exists():
+        raise OmniError(f"{source}: a run with adapters, which are merged at its end; let it finish first")
+    return open_file(source / WEIGHTS)
 
 
 def _report(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,8 +14,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from omni.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from omni.train.optimizer import OptimizerConfig, check_patterns, make_optimizer, make_schedule, partition
 from omni.train.task import LARGEST, Batch, Gallery, Task
+from omni_tokenizers.errors import UsageError
 from omni_tokenizers.losses.terms import Sum
 
 Metrics = dict[str, Sum]
@@ -67,9 +68,14 @@ class AdversarialState(TrainState):
 
 
 def make_state(task: Task, config: OptimizerConfig, steps: int, seed: int) -> tuple[nnx.GraphDef, TrainState]:
-    """The structure of the net and the state before the first step; pure, so that it can be compiled and sharded."""
+    """The structure of the net and the state before the first step; pure, so that it can be compiled and sharded.
+
+    Raises:
+      UsageError: a pattern of the task or the optimizer names no parameter.
+    """
     graphdef, params, rest = nnx.split(task.build(nnx.Rngs(seed)), nnx.Param, ...)
-    optimizer = make_optimizer(config, steps).init(params)
+    check_patterns(params, task.trained(), "trained")
+    optimizer = initial_moments(config, steps, params, task.trained())
     ema = params if config.ema_decay else None
     state = (jnp.zeros((), jnp.int32), params, rest, optimizer, ema)
     if task.adversary is None:
@@ -81,7 +87,20 @@ def make_critic(task: Task, steps: int, seed: int) -> tuple[nnx.GraphDef, Critic
     """The structure of the task's critic and its state before its first step."""
     key = jax.random.fold_in(jax.random.key(seed), 0xFFFFFFFF)  # a number that no step has
     graphdef, params, rest = nnx.split(task.build_critic(nnx.Rngs(key)), nnx.Param, ...)
-    return graphdef, CriticState(params, rest, make_optimizer(task.adversary.optimizer, steps).init(params))
+    return graphdef, CriticState(params, rest, initial_moments(task.adversary.optimizer, steps, params))
+
+
+def initial_moments(
+    config: OptimizerConfig, steps: int, params: nnx.State, trained: Sequence[str] = ("*",), begin: int = 0
+) -> Any:
+    """The optimizer's state before its first step, of the parameters that move; `UsageError` if there are none, and for
+    a pattern that names none."""
+    for setting in ("frozen", "no_decay"):
+        check_patterns(params, getattr(config, setting), f"optimizer {setting}")
+    moving, _ = partition(params, trained, config.frozen)
+    if not moving:
+        raise UsageError("optimizer frozen: no parameter is left to train")
+    return make_optimizer(config, steps, begin).init(moving)
 
 
 def make_train_step(
@@ -98,8 +117,8 @@ def make_train_step(
     """The function of one step, to be compiled: (state, batch) -> (state, metrics).
 
     The random key of a step depends on the seed and its number alone. Metrics are the task's, `loss`, `gradient_norm`
-    (before clipping), `learning_rate` and `update_to_weight` (the norm of the parameters' move over theirs); of a
-    critic the same, as `critic/loss` and so on.
+    (before clipping), `learning_rate` and `update_to_weight` (the norm of the parameters' move over theirs, of those
+    that are not frozen); of a critic the same, as `critic/loss` and so on.
 
     A step whose loss or gradient is not finite is skipped: `skipped` is 1, and of the state only the number changes.
     The optimizer does not count it, so its schedule comes later by as many steps.
@@ -122,14 +141,16 @@ def make_train_step(
         changed = {"step": state.step + 1}
         if adversarial:
             gradient, changed["rest"], critic_gradient, critic_rest, metrics = accumulate_both(
-                graphdef, critic_graphdef, task, config.accumulation, state, batch, key
+                graphdef, critic_graphdef, task, config.accumulation, state, batch, key, config.frozen
             )
             own, critic, step = task.adversary.optimizer, state.critic, state.step - task.adversary.start
             params, moments, more = descend(own, critic_steps, step, critic_gradient, critic.optimizer, critic.params)
             changed["critic"] = CriticState(params, critic_rest, moments)
             metrics |= {f"critic/{name}": value for name, value in more.items()}
         else:
-            gradient, changed["rest"], metrics = accumulate(graphdef, task, config.accumulation, state, batch, key)
+            gradient, changed["rest"], metrics = accumulate(
+                graphdef, task, config.accumulation, state, batch, key, config.frozen
+            )
         params, moments, more = descend(config, steps, state.step, gradient, state.optimizer, state.params, begin=begin)
         changed |= {"params": params, "optimizer": moments}
         changed["ema"] = state.ema and running_mean(state.ema, params, config.ema_decay, state.step)
@@ -181,30 +202,46 @@ def descend(
     *,
     begin: int = 0,
 ) -> tuple[nnx.State, Any, Metrics]:
-    """(parameters, moments, metrics) after one step of the optimizer; see `make_schedule` of `steps` and `begin`."""
+    """(parameters, moments, metrics) after one step of the optimizer; see `make_schedule` of `steps` and `begin`.
+
+    Parameters without a gradient are frozen.
+    """
+    moved = {path for path, _ in nnx.to_flat_state(gradient)}
+    moving, frozen = nnx.split_state(params, lambda path, _: path in moved, ...)
     norm = optax.global_norm(gradient)
     if config.clip_norm:
         shrink = jnp.minimum(1, config.clip_norm / jnp.maximum(norm, 1e-12))
         gradient = jax.tree.map(lambda g: g * shrink, gradient)
-    updates, moments = make_optimizer(config, steps, begin).update(gradient, moments, params)
+    updates, moments = make_optimizer(config, steps, begin).update(gradient, moments, moving)
     metrics = {"gradient_norm": norm, "learning_rate": make_schedule(config, steps, begin)(step)}
-    metrics["update_to_weight"] = optax.global_norm(updates) / jnp.maximum(optax.global_norm(params), 1e-12)
-    return optax.apply_updates(params, updates), moments, {name: (x, jnp.ones(())) for name, x in metrics.items()}
+    metrics["update_to_weight"] = optax.global_norm(updates) / jnp.maximum(optax.global_norm(moving), 1e-12)
+    params = nnx.merge_state(optax.apply_updates(moving, updates), frozen)
+    return params, moments, {name: (x, jnp.ones(())) for name, x in metrics.items()}
 
 
 def accumulate(
-    graphdef: nnx.GraphDef, task: Task, microbatches: int, state: TrainState, batch: Batch, key: Array
+    graphdef: nnx.GraphDef,
+    task: Task,
+    microbatches: int,
+    state: TrainState,
+    batch: Batch,
+    key: Array,
+    frozen: Sequence[str] = (),
 ) -> tuple[nnx.State, nnx.State, Metrics]:
-    """(gradient, rest, metrics) of a batch: sums over microbatches, the gradient divided by the summed weights."""
+    """(gradient, rest, metrics) of a batch: sums over microbatches, the gradient divided by the summed weights.
 
-    def total(params: nnx.State, rest: nnx.State, batch: Batch, key: Array):
-        model = nnx.merge(graphdef, params, rest, copy=True)  # variables of this trace, to be changed in it
+    The gradient is that of the parameters that move; see `partition`.
+    """
+    moving, still = partition(state.params, task.trained(), frozen)
+
+    def total(moving: nnx.State, rest: nnx.State, batch: Batch, key: Array):
+        model = nnx.merge(graphdef, moving, still, rest, copy=True)  # variables of this trace, to be changed in it
         total, weight, metrics = task.loss(model, batch, key, training=True)
         rest = nnx.state(model, nnx.Not(nnx.Param))
         return total, (rest, {**metrics, "loss": (total, weight)})
 
     def microbatch(rest: nnx.State, batch: Batch, key: Array):
-        gradient, (rest, metrics) = jax.grad(total, has_aux=True)(state.params, rest, batch, key)
+        gradient, (rest, metrics) = jax.grad(total, has_aux=True)(moving, rest, batch, key)
         return rest, (gradient, jax.tree.map(jnp.float32, metrics))
 
     rest, (gradient, metrics) = over_microbatches(microbatch, microbatches, state.rest, batch, key)
@@ -219,26 +256,29 @@ def accumulate_both(
     state: TrainState,
     batch: Batch,
     key: Array,
+    frozen: Sequence[str] = (),
 ) -> tuple[nnx.State, nnx.State, nnx.State, nnx.State, Metrics]:
     """As `accumulate` for a net and its critic: (gradient, rest, critic's gradient, critic's rest, metrics)."""
+    moving, still = partition(state.params, task.trained(), frozen)
+    critic_moving, critic_still = partition(state.critic.params, ("*",), task.adversary.optimizer.frozen)
 
-    def total(params: nnx.State, rest: nnx.State, critic_rest: nnx.State, batch: Batch, key: Array):
-        model = nnx.merge(graphdef, params, rest, copy=True)
+    def total(moving: nnx.State, rest: nnx.State, critic_rest: nnx.State, batch: Batch, key: Array):
+        model = nnx.merge(graphdef, moving, still, rest, copy=True)
         critic = nnx.merge(critic_graphdef, state.critic.params, critic_rest, copy=True)
         (total, weight, metrics), shown = task.adversarial_loss(model, critic, batch, key)
         rest = nnx.state(model, nnx.Not(nnx.Param))
         return total, (rest, {**metrics, "loss": (total, weight)}, shown)
 
-    def critic_total(params: nnx.State, rest: nnx.State, shown: Any):
-        critic = nnx.merge(critic_graphdef, params, rest, copy=True)
+    def critic_total(moving: nnx.State, rest: nnx.State, shown: Any):
+        critic = nnx.merge(critic_graphdef, moving, critic_still, rest, copy=True)
         total, weight, metrics = task.critic_loss(critic, shown)
         return total, (nnx.state(critic, nnx.Not(nnx.Param)), {**metrics, "critic/loss": (total, weight)})
 
     def microbatch(rests: tuple[nnx.State, nnx.State], batch: Batch, key: Array):
         rest, critic_rest = rests
-        gradient, (rest, metrics, shown) = jax.grad(total, has_aux=True)(state.params, rest, critic_rest, batch, key)
+        gradient, (rest, metrics, shown) = jax.grad(total, has_aux=True)(moving, rest, critic_rest, batch, key)
         learn = jax.grad(critic_total, has_aux=True)
-        critic_gradient, (critic_rest, more) = learn(state.critic.params, critic_rest, shown)
+        critic_gradient, (critic_rest, more) = learn(critic_moving, critic_rest, shown)
         return (rest, critic_rest), (gradient, critic_gradient, jax.tree.map(jnp.float32, metrics | more))
 
     start = (state.rest, state.critic.rest)

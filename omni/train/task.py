@@ -110,6 +110,10 @@ class Task(abc.ABC):
         """The critic's loss on what `adversarial_loss` returned for it; the same sums over examples."""
         raise NotImplementedError
 
+    def trained(self) -> Sequence[str]:
+        """Patterns of the names of the parameters that are trained, where the optimizer freezes none of them."""
+        return ("*",)
+
     @abc.abstractmethod
     def dataset(self, seed: int) -> grain.MapDataset:
         """Single examples, endless and in an order that depends on `seed`: dicts of numpy arrays of fixed shapes."""

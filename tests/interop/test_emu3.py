@@ -1,6 +1,7 @@
 """Emu3's documents and names: sizes in plain text, rows with ends, tensors of either version."""
 
 import dataclasses
+import json
 import re
 
 import numpy as np
@@ -106,3 +107,15 @@ def test_names_of_codes_are_checked(tmp_path):
     names = {name: token for name, token in stored.config["vocabulary_map"].items() if "000003" not in name}
     with pytest.raises(omni.OmniError, match="15 names of codes of pictures"):
         omni.load(dataclasses.replace(stored, config=stored.config | {"vocabulary_map": names}).write(tmp_path))
+
+
+def test_an_export_without_the_tokenizer_of_pictures_says_what_it_is(tmp_path, caplog):
+    """The language model alone has Llama's shape and is written as such; the log says so, and what to add."""
+    stored = golden("emu3")
+    tensors = {name: value for name, value in stored.tensors.items() if "vqmodel" not in name}
+    dataclasses.replace(stored, tensors=tensors).write(tmp_path / "language")
+    names = stored.config["vocabulary_map"]
+    shapes = [{"rows": 2, "columns": 2, "prefix": [names[character] for character in "2*2"]}]
+    (tmp_path / "language" / "grammar.json").write_text(json.dumps(emu3.grammar(shapes)))
+    omni.load(tmp_path / "language").export(tmp_path / "out")
+    assert "written as llama; it came without its image tokenizer: add the directory tokenizers/image" in caplog.text

@@ -33,7 +33,8 @@ def write_published(directory: Path) -> None:
 
 def test_an_imported_model_goes_on_and_is_exported(tmp_path, monkeypatch, run, caplog):
     """By the commands of docs/checkpoints.md: before it learns, its held-out loss is what the published model pays for
-    these tokens; with the blocks frozen only the embedding changes; what is exported is what was trained."""
+    these tokens; with the blocks frozen only the embedding changes, with adapters only their matrices do; what is
+    exported is what was trained."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     write_published(Path("published"))
@@ -71,3 +72,12 @@ def test_an_imported_model_goes_on_and_is_exported(tmp_path, monkeypatch, run, c
     np.testing.assert_array_equal(again.transformer.blocks.query[...], before.blocks.query[...])
     assert np.abs(again.transformer.embedding[...] - before.embedding[...]).max() > 1e-3
     assert again.encode(["The brown fox"]).tolist() == model.encode(["The brown fox"]).tolist()
+
+    adapters = ("--task.lora.rank", "2", "--task.lora.matrices", "query", "down", "--optimizer.learning-rate", "1e-2")
+    done("train", "experiments/imported/adapters.py", *TINY, "--steps", "3", *adapters)
+    done("export", "runs/imported/adapters", "adapted", "--format", "transformers")
+    after = omni.load("adapted").transformer
+    for name in ("query", "down"):
+        assert np.abs(getattr(after.blocks, name)[...] - getattr(before.blocks, name)[...]).max() > 1e-3
+    np.testing.assert_array_equal(after.blocks.key[...], before.blocks.key[...])
+    np.testing.assert_array_equal(after.embedding[...], before.embedding[...])

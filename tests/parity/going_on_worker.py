@@ -1,8 +1,10 @@
-"""Twenty steps of an imported model on eight devices of this process: going_on_worker.py DIRECTORY."""
+"""Steps of an imported model on eight devices of this process: going_on_worker.py DIRECTORY [adapters]."""
 
+import dataclasses
 import sys
 
 from omni.model.files import read_config
+from omni.model.lora import Lora
 from omni.sharding import MeshConfig
 from omni.train.language import TransformerTask
 from omni.train.loop import TrainConfig, train
@@ -29,5 +31,15 @@ def config_of(directory: str, mesh: MeshConfig) -> TrainConfig:
     )
 
 
+def on_adapters(config: TrainConfig) -> TrainConfig:
+    """The run with adapters of all matrices, which are trained with the embedding alone, ten steps of ten times the
+    rate, in two microbatches."""
+    task = dataclasses.replace(config.task, lora=Lora(rank=3, alpha=6.0, trained=("embedding",)))
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=10 * RATE, accumulation=2)
+    return dataclasses.replace(config, task=task, optimizer=optimizer, steps=10)
+
+
 if __name__ == "__main__":
-    train(config_of(sys.argv[1], MeshConfig(fsdp=4, tensor=2)))
+    directory, *adapters = sys.argv[1:]
+    config = config_of(directory, MeshConfig(fsdp=4, tensor=2))
+    train(on_adapters(config) if adapters else config)
