@@ -41,6 +41,9 @@ class Span:
     codes: Int[np.ndarray, "*shape"]
     context: bool = False
 
+    def __repr__(self) -> str:
+        return f"Span({self.modality}, codes={self.codes.dtype}{list(self.codes.shape)}{', context' * self.context})"
+
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
@@ -49,6 +52,9 @@ class Tokens:
     ids: Int[np.ndarray, " tokens"]
     states: Int[np.ndarray, " tokens"]
     target: Bool[np.ndarray, " tokens"]
+
+    def __repr__(self) -> str:
+        return f"Tokens({len(self.ids)} ids, {int(self.target.sum())} of them to be produced)"
 
 
 class GrammarError(OmniError):
@@ -97,6 +103,9 @@ class Grammar:
             raise OmniError("grammar: two modalities open with the same tokens")
         text_table = vocabulary.block(self.text_block)
         self.tables = compile_tables(vocabulary.size, text_table, self.control, list(self.layouts.values()))
+
+    def __repr__(self) -> str:
+        return f"Grammar({', '.join(self.modalities)})"
 
     def to_json(self) -> dict:
         """The declaration."""

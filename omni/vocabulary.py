@@ -51,6 +51,10 @@ class Vocabulary:
                     raise OmniError(f"vocabulary: id {token} belongs to {owners[token]} and to {owner}")
                 owners[token] = owner
 
+    def __repr__(self) -> str:
+        blocks = (f"{len(table)} of {name}" for name, table in self.blocks.items())
+        return f"Vocabulary({self.size} ids: {', '.join(blocks)}, {len(self.special)} special)"
+
     @classmethod
     def build(cls, blocks: Mapping[str, int], special: Sequence[str]) -> Vocabulary:
         """Lays out special ids first, then each block in order, and pads the size to a multiple of 128.

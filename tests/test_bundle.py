@@ -5,13 +5,17 @@ import json
 import re
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import omni
+from omni.evaluate import Examples
+from omni.parts import Text
 from omni.prompts import Request
 from omni.stopping import StopStrings
+from omni.train.step import TrainState
 from omni_tokenizers.errors import OmniError, UsageError
 
 
@@ -211,6 +215,25 @@ def test_a_directory_without_a_model_hides_no_model_in_the_box(tiny_model, tmp_p
         omni.load("./digits")
     tiny_model.save(tmp_path / "digits")
     assert omni.load("digits").config == tiny_model.config
+
+
+def test_what_a_user_meets_shows_itself_in_a_line(tiny_model):
+    """The repr of a model's pieces and of what it gives holds neither the content of an array nor an address."""
+    reply = tiny_model.generate(["seven"], want=["image"], seed=1)
+    params = nnx.state(tiny_model.transformer, nnx.Param)
+    pieces = [tiny_model, tiny_model.vocabulary, tiny_model.grammar, *tiny_model.tokenizers.values()]
+    given = [reply, *reply.parts, *reply.spans, tiny_model.processor.tokens([Text("seven")])]
+    made = [Examples(reply.parts, np.array([7])), TrainState(jnp.int32(3), params, nnx.State({}), None, None)]
+    for each in (*pieces, *given, *made):
+        shown = repr(each)
+        assert type(each).__name__ in shown and len(shown) < 120 and "\n" not in shown
+        assert not re.search(r"rray\(|dtype| 0x|[a-z]=\[", shown), shown
+    assert repr(reply.spans[0]) == "Span(image, codes=int32[1, 2, 2])"
+    assert (
+        repr(tiny_model.vocabulary)
+        == "Vocabulary(384 ids: 300 of text, 16 of image, 8 of audio0, 8 of audio1, 8 special)"
+    )
+    assert repr(made[1]).startswith("TrainState(step 3, 0.0 million")
 
 
 def test_reply_shows_and_saves_itself(tiny_model, tmp_path):

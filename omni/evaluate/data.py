@@ -30,6 +30,9 @@ class Examples:
     def __len__(self) -> int:
         return len(self.parts)
 
+    def __repr__(self) -> str:
+        return f"Examples({len(self)} of {self.parts[0].modality})"
+
 
 @dataclass(frozen=True)
 class WordRequest:

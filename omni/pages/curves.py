@@ -1,4 +1,7 @@
-"""Loss curves as SVG, written by hand so that the report needs no script and no plotting library."""
+"""Loss curves as SVG, written by hand so that the report needs no script and no plotting library.
+
+A chart shows itself in a notebook, too: `chart("losses", read_losses("runs/own/image/metrics.jsonl"))`.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,16 @@ import contextlib
 import itertools
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import jinja2
 from etils import epath
 
 WIDTH, HEIGHT = 350, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
+COLOURS = ("#2563c9", "#d9622b", "#1d8a5b", "#8b46c4", "#b58900", "#c2366b", "#4a7a8c", "#6b6f76")
 _MOST_POINTS = 300
 _LOGARITHMIC_FROM = 10.0  # ratio of the largest to the smallest loss
 
@@ -41,6 +47,13 @@ class Chart:
     logarithmic: bool
     stages: list[float]
     """x of the last step of each stage but the last, of a run that has stages."""
+
+    def __repr__(self) -> str:
+        return f"Chart({self.title}: {', '.join(line.name for line in self.lines)})"
+
+    def _repr_svg_(self) -> str:
+        environment = jinja2.Environment(loader=jinja2.PackageLoader("omni.pages"), autoescape=True, trim_blocks=True)
+        return environment.get_template("chart.svg.j2").render(chart=self, drawing=sys.modules[__name__])
 
 
 def read_losses(path: epath.PathLike) -> dict[str, list[tuple[int, float]]]:

@@ -147,6 +147,29 @@ def load_speech(directory: epath.PathLike, split: str) -> Speech:
     )
 
 
+def split_scans(seed: int = 0) -> dict[str, Scans]:
+    """The scans of each split, which `prepare` writes with this seed; made in memory, without any speech.
+
+    Raises:
+      OmniError: scikit-learn is missing.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise OmniError("the scans need scikit-learn: pip install 'omni-any-to-any[quickstart]'") from error
+    digits = load_digits()
+    rng = np.random.default_rng([seed, 0])
+    splits: dict[int, str] = {}
+    for digit in range(10):
+        splits |= _split(list(map(int, np.flatnonzero(digits.target == digit))), rng)
+    raw, labels = digits.images.astype(np.uint8), digits.target.astype(np.int32)
+    images = plain_images(raw)
+    places = {
+        split: np.array([scan for scan in range(len(raw)) if splits[scan] == split], np.int32) for split in SPLITS
+    }
+    return {split: Scans(images[own], raw[own], labels[own], own) for split, own in places.items()}
+
+
 def scan_dataset(directory: epath.PathLike, seed: int) -> grain.MapDataset:
     """Endless augmented training scans: {"image": uint8 [32, 32, 3]}, a pure function of (seed, index)."""
     raw = load_scans(directory, "train").raw
@@ -243,21 +266,13 @@ def _split(items: list, rng: np.random.Generator) -> dict:
 
 
 def _scan_records(seed: int) -> Iterator[tuple[str, dict]]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise OmniError("the scans need scikit-learn: pip install 'omni-any-to-any[quickstart]'") from error
-    digits = load_digits()
-    rng = np.random.default_rng([seed, 0])
-    splits = {}
-    for digit in range(10):
-        splits |= _split(list(map(int, np.flatnonzero(digits.target == digit))), rng)
-    raw = digits.images.astype(np.uint8)
-    for scan, image in enumerate(plain_images(raw)):
-        png = io.BytesIO()
-        PIL.Image.fromarray(image).save(png, "PNG")
+    splits = split_scans(seed)
+    places = [(int(scan), split, i) for split, scans in splits.items() for i, scan in enumerate(scans.scans)]
+    for scan, split, i in sorted(places):
+        png, scans = io.BytesIO(), splits[split]
+        PIL.Image.fromarray(scans.images[i]).save(png, "PNG")
         png.seek(0)
-        yield splits[scan], {"image": png, "raw": raw[scan], "label": int(digits.target[scan]), "scan": scan}
+        yield split, {"image": png, "raw": scans.raw[i], "label": int(scans.labels[i]), "scan": scan}
 
 
 def _speech_records(seed: int) -> Iterator[tuple[str, dict]]:

@@ -285,14 +285,15 @@ def restore_or_start(
 
 
 def make_progress(config: TrainConfig, start: int) -> tqdm:
-    """The progress bar of a run, in its first process."""
+    """The progress bar of a run, in its first process, where the environment has no TQDM_DISABLE."""
+    others = {} if jax.process_index() == 0 else {"disable": True}
     return tqdm(
         total=config.steps,
         initial=start,
         desc=epath.Path(config.output).name,
         unit="step",
-        disable=jax.process_index() != 0,
         mininterval=0.2 if sys.stderr.isatty() else 10,
+        **others,
     )
 
 

@@ -44,6 +44,10 @@ class TrainState:
     ema: nnx.State | None
     """Running mean of the parameters."""
 
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return f"{type(self).__name__}(step {self.step}, {count / 1e6:.1f} million parameters)"
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "rest", "optimizer"], meta_fields=[])
 @dataclass
@@ -60,7 +64,7 @@ class CriticState:
     data_fields=["step", "params", "rest", "optimizer", "ema", "critic"],
     meta_fields=[],
 )
-@dataclass
+@dataclass(repr=False)
 class AdversarialState(TrainState):
     """The state of a task with an adversary; others keep the tree that their checkpoints have always had."""
 

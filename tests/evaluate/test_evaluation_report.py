@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import time
+import xml.etree.ElementTree
 
 import evaluation_fakes as fakes
 import numpy as np
@@ -134,6 +135,22 @@ def test_curves_read_only_losses(tmp_path):
     drawn = chart("x", losses)
     assert not drawn.logarithmic and float(drawn.losses[0][1]) == 0 and float(drawn.losses[-1][1]) >= 3
     assert chart("x", {"loss": [(0, 10.0), (5, 0.1)]}).logarithmic and chart("x", {}) is None
+
+
+def test_a_chart_shows_itself_in_a_notebook():
+    """As one SVG that loads nothing, with every line in the drawing and the legend, its title escaped; its repr is
+    short."""
+    points = [(step, 5.0 / step) for step in range(1, 200)]
+    drawn = chart("a < b", {"loss": points, "held_out/loss": points}, [100])
+    root = xml.etree.ElementTree.fromstring(drawn._repr_svg_())
+    lines = root.findall("{*}polyline")
+    assert [line.get("points") for line in lines[:2]] == [line.points for line in drawn.lines] and len(lines) == 4
+    assert [line.get("class") for line in lines] == ["c0", "c0 held"] * 2
+    texts = [text.text for text in root.findall("{*}text")]
+    assert texts[0] == "a < b" and texts[-2:] == ["loss", "loss, held out"] and "step" in texts
+    assert len(root.findall("{*}line[@class='axis stage']")) == 1
+    assert not re.search(r"(href|src|url|@import)", drawn._repr_svg_())
+    assert repr(drawn) == "Chart(a < b: loss, loss, held out)"
 
 
 def test_boundaries_of_stages_are_drawn(tmp_path):

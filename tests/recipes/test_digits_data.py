@@ -51,6 +51,16 @@ def test_splits_by_scan_and_by_voice(data):
     assert len(variants[1]) == round(0.2 * (len(variants[0]) + len(variants[1]))) > 0
 
 
+def test_scans_alone_are_those_that_are_written(data):
+    """Without any speech they are split and drawn as `prepare` does with the same seed; of another seed they differ."""
+    for split, made in digits_data.split_scans(0).items():
+        written = getattr(data, split).scans
+        order = np.argsort(written.scans)
+        for name in ("images", "raw", "labels", "scans"):
+            np.testing.assert_array_equal(getattr(made, name), getattr(written, name)[order])
+    assert set(digits_data.split_scans(1)["test"].scans) != set(digits_data.split_scans(0)["test"].scans)
+
+
 def test_clips_are_trimmed_and_bounded(data):
     """Each clip is loud, at most 0.96 s long and begins and ends with at most a few milliseconds of silence."""
     for clip in data.train.speech.audio:

@@ -19,7 +19,7 @@ from omni.sharding import MeshConfig
 from omni.train import metrics as metrics_module
 from omni.train import run_directory
 from omni.train.checkpoints import restore_params
-from omni.train.loop import train
+from omni.train.loop import make_progress, train
 from omni.train.metrics import MetricsLog, read_metrics
 from omni_tokenizers.errors import OmniError, UsageError
 
@@ -229,6 +229,18 @@ def test_training_seconds_are_those_that_steps_took(tmp_path):
         log.write(40, {"steps_per_second": 2.0})
     assert metrics_module.training_seconds(tmp_path) == pytest.approx({20: 2.0, 30: 4.0, 40: 9.0})
     assert metrics_module.training_seconds(tmp_path / "nowhere") == {}
+
+
+def test_the_bar_heeds_the_environment(tmp_path, monkeypatch):
+    """The first process leaves it to tqdm, and so to TQDM_DISABLE, whether there is a bar; others have none."""
+    given = []
+    monkeypatch.setattr("omni.train.loop.tqdm", lambda **settings: given.append(settings))
+    config = regression(tmp_path / "run", steps=3)
+    make_progress(config, 1)
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    make_progress(config, 1)
+    assert "disable" not in given[0] and given[1]["disable"] is True
+    assert (given[0]["total"], given[0]["initial"], given[0]["desc"]) == (3, 1, "run")
 
 
 def test_means_are_weighted():

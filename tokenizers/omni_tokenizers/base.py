@@ -57,6 +57,9 @@ class Tokenizer(abc.ABC):
     hash: str
     """First 16 hex digits of SHA-256 over configuration and weights: codes of another hash mean something else."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({' + '.join(map(str, self.codebook_sizes))} codes, hash {self.hash})"
+
     @property
     def modalities(self) -> tuple[str, ...]:
         """All that it takes, its own modality first."""
