@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from omni_tokenizers.errors import OmniError, UsageError
@@ -17,6 +18,9 @@ if TYPE_CHECKING:  # it is needed where something is held in int8, and nowhere e
 Held: TypeAlias = "Array | QArray"
 DTYPES = ("float32", "bfloat16", "int8")
 """Types in which a decoder's matrices, and a cache, may be held."""
+_LARGEST_IS_127 = f"absmax,{127.5 / 127}"
+"""Alone, qwix's "absmax" makes the largest number of each group 127.5, between two whole ones: the last bit of what was
+computed, which another batch may change, would decide between them."""
 
 
 def check_dtype(name: str, dtype: str | None) -> None:
@@ -34,14 +38,15 @@ def check_dtype(name: str, dtype: str | None) -> None:
 
 def quantized(x: Float[Array, ...], shared: Sequence[int]) -> QArray:
     """An array in int8: numbers that stand apart along the axes `shared` alone have one scale, their largest magnitude
-    over 127.5 (`scale` has length 1 along these axes). No number moves by more than half its scale."""
+    over 127 (`scale` has length 1 along these axes). No number moves by more than half its scale."""
     axes = tuple(axis for axis in range(x.ndim) if axis - x.ndim not in shared and axis not in shared)
-    return _qwix().quantize(x.astype(jnp.float32), jnp.int8, channelwise_axes=axes)
+    x = x.astype(jnp.float32)
+    return _qwix().quantize(x, jnp.int8, channelwise_axes=axes, calibration_method=_LARGEST_IS_127)
 
 
 def dequantized(x: Held) -> Array:
     """What `quantized` made as float32; any other array as it is."""
-    return x if isinstance(x, jax.Array) else _qwix().dequantize(x)
+    return x if isinstance(x, jax.Array | np.ndarray) else _qwix().dequantize(x)
 
 
 def _qwix():

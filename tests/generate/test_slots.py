@@ -243,6 +243,25 @@ def test_a_later_turn_reads_what_is_new_alone(model, grammar):
     assert engine.counts["read"] - before == 2, "of what is held whole, the last token of each row is read again"
 
 
+@pytest.mark.parametrize("held", [("int8", "int8"), ("bfloat16", "bfloat16")])
+def test_replies_from_fewer_bits_are_those_of_each_alone(model, grammar, held):
+    """Weights and cache in int8 or bfloat16: in slots that hold the beginnings of earlier requests, guided or not,
+    every request is answered as alone in a batch of its own, and of what is held only the end is read."""
+    weights, cache = held
+    engine = Engine(make_decoder(model, weights), grammar, cache_dtype=cache)
+    batch, requests = engine.open(4, capacity=ROOM), arrivals(grammar, 12, seed=8)
+    replies = answer(batch, requests, np.random.default_rng(0))
+    assert jax.tree.leaves(batch._state.cache)[0].dtype == cache
+    assert [reply.ids.tolist() for reply in replies] == [engine.generate([asked])[0].ids.tolist() for asked in requests]
+    longest = max(requests, key=lambda asked: len(asked.ids))
+    first = answer(batch, [longest], np.random.default_rng(0))[0]
+    follow = np.concatenate([longest.ids, first.ids[:-1], longest.ids[1:]]).astype(np.int32)
+    longer, before = replace(longest, ids=follow, shadows=()), engine.counts["read"]
+    second = answer(batch, [longer], np.random.default_rng(0))[0]
+    assert engine.counts["read"] - before == len(longest.ids) - 1
+    assert second.ids.tolist() == engine.generate([longer])[0].ids.tolist()
+
+
 def test_requests_wait_for_rows_of_shadows(model, grammar):
     """One row for guidance serves three guided requests one after the other; what two rows need never waits."""
     engine = Engine(make_decoder(model), grammar)
