@@ -243,23 +243,30 @@ def test_a_later_turn_reads_what_is_new_alone(model, grammar):
     assert engine.counts["read"] - before == 2, "of what is held whole, the last token of each row is read again"
 
 
-@pytest.mark.parametrize("held", [("int8", "int8"), ("bfloat16", "bfloat16")])
-def test_replies_from_fewer_bits_are_those_of_each_alone(model, grammar, held):
-    """Weights and cache in int8 or bfloat16: in slots that hold the beginnings of earlier requests, guided or not,
-    every request is answered as alone in a batch of its own, and of what is held only the end is read."""
-    weights, cache = held
-    engine = Engine(make_decoder(model, weights), grammar, cache_dtype=cache)
-    batch, requests = engine.open(4, capacity=ROOM), arrivals(grammar, 12, seed=8)
+def test_replies_in_int8_are_those_of_each_alone(model, grammar):
+    """Weights and cache in int8: guided requests in slots that hold the beginnings of earlier ones are answered as each
+    in a batch of its own, and of a prompt whose beginning a slot holds the rest alone is read."""
+    engine = Engine(make_decoder(model, "int8"), grammar, cache_dtype="int8")
+    shadows = unconditional_shadow(prompt(grammar, 0), np.array([1, 3, 1.5], np.float32))
+    requests = [
+        request(
+            grammar, prompt(grammar, i, "text", "image"), want=WANTS[i % 4], temperature=i % 2, shadows=shadows, seed=i
+        )
+        for i in range(8)
+    ]
+
+    def alone(asked):
+        return answer(engine.open(4, capacity=ROOM, shadows=4), [asked], np.random.default_rng(0))[0]
+
+    batch = engine.open(4, capacity=ROOM, shadows=4)
     replies = answer(batch, requests, np.random.default_rng(0))
-    assert jax.tree.leaves(batch._state.cache)[0].dtype == cache
-    assert [reply.ids.tolist() for reply in replies] == [engine.generate([asked])[0].ids.tolist() for asked in requests]
-    longest = max(requests, key=lambda asked: len(asked.ids))
-    first = answer(batch, [longest], np.random.default_rng(0))[0]
-    follow = np.concatenate([longest.ids, first.ids[:-1], longest.ids[1:]]).astype(np.int32)
-    longer, before = replace(longest, ids=follow, shadows=()), engine.counts["read"]
+    assert jax.tree.leaves(batch._state.cache)[0].dtype == "int8"
+    assert [reply.ids.tolist() for reply in replies] == [alone(asked).ids.tolist() for asked in requests]
+    follow = np.concatenate([requests[7].ids, replies[7].ids[:-1], requests[6].ids[1:]]).astype(np.int32)
+    longer, before = replace(requests[6], ids=follow), engine.counts["read"]
     second = answer(batch, [longer], np.random.default_rng(0))[0]
-    assert engine.counts["read"] - before == len(longest.ids) - 1
-    assert second.ids.tolist() == engine.generate([longer])[0].ids.tolist()
+    assert engine.counts["read"] - before == len(requests[6].ids) - 1 + 1, "and the last token of its shadow"
+    assert second.ids.tolist() == alone(longer).ids.tolist()
 
 
 def test_requests_wait_for_rows_of_shadows(model, grammar):
