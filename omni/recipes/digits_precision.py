@@ -59,7 +59,7 @@ def measure(directory: Path, documents: int, replies: int) -> dict[str, Any]:
             "likeliest": float(np.mean(likeliest == first[0])),
             "same_replies": float(np.mean([np.array_equal(*pair) for pair in zip(ids, first[1], strict=True)])),
             "same_tokens": sum(alike) / sum(map(len, first[1])),
-            "weights": sum(leaf.nbytes for leaf in jax.tree.leaves(decoder)),
+            "weights": held_bytes(decoder),
             "cache": sum(leaf.nbytes for leaf in jax.tree.leaves(init_cache(model.config, 1, 1, cache))),
         }
     counts = {
@@ -69,6 +69,11 @@ def measure(directory: Path, documents: int, replies: int) -> dict[str, Any]:
         "reply_tokens": sum(map(len, first[1])),
     }
     return {"model": "digits", "jax": jax.__version__, "device": jax.devices()[0].device_kind, **counts, "ways": found}
+
+
+def held_bytes(decoder: Decoder) -> int:
+    """Bytes of its arrays; a tied head that is the embedding counts once."""
+    return sum({id(leaf): leaf.nbytes for leaf in jax.tree.leaves(decoder)}.values())
 
 
 def held_out_documents(model: omni.Model, data: Any, count: int) -> list[Tokens]:
@@ -133,7 +138,9 @@ def main() -> None:
     parser.add_argument("--replies", type=int, default=300)
     options = parser.parse_args()
     with exits():
-        results = measure(options.data, options.documents, options.replies)
+        counts = f"--documents {options.documents} --replies {options.replies}"
+        command = f"python -m omni.recipes.digits_precision {options.data} {options.results} {counts}"
+        results = {"command": command} | measure(options.data, options.documents, options.replies)
         options.results.parent.mkdir(parents=True, exist_ok=True)
         options.results.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
