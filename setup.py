@@ -16,12 +16,14 @@ WANDB = ["wandb>=0.30,<0.32"]
 VIDEO = ["av>=18.1,<19"]
 PARQUET = ["pyarrow>=20,<27"]
 CHECKPOINTS = ["tokenizers>=0.21,<0.24"]
+INT8 = ["qwix>=0.1.8,<0.2"]
 TEST = [
     *QUICKSTART,
     *NOTEBOOK,
     *VIDEO,
     *PARQUET,
     *CHECKPOINTS,
+    *INT8,
     *GCS,
     *WANDB,
     "gcp-storage-emulator>=2026.7,<2027",
@@ -82,6 +84,7 @@ setup(
         "video": VIDEO,
         "parquet": PARQUET,
         "checkpoints": CHECKPOINTS,
+        "int8": INT8,
         "test": TEST,
         "gcs": GCS,
         "wandb": WANDB,

@@ -25,6 +25,7 @@ from omni.interop import export_checkpoint, is_public, load_checkpoint
 from omni.likelihood import document_losses
 from omni.model import Transformer, decoder_on, make_decoder
 from omni.model.files import DESCRIPTION, load_transformer, save_transformer
+from omni.model.quantized import check_dtype
 from omni.parts import Part
 from omni.processor import Processor
 from omni.prompts import SETTINGS, Prompts, Request, listed
@@ -46,6 +47,8 @@ class Model:
       transformer: the network.
       context_length: most tokens of prompt and reply together.
       generation: default sampling settings, name -> modality -> value.
+      weights_dtype, cache_dtype: what matrices, and keys and values, are held in while replies are generated (float32,
+        bfloat16 or int8); None for the compute type.
     """
 
     def __init__(
@@ -58,8 +61,12 @@ class Model:
         context_length: int,
         generation: Mapping[str, Mapping[str, float]] | None = None,
         mesh: Mesh | None = None,
+        weights_dtype: str | None = None,
+        cache_dtype: str | None = None,
     ):
         """A model of these pieces; `mesh` is where the transformer lies, None for one device."""
+        check_dtype("weights_dtype", weights_dtype)
+        check_dtype("cache_dtype", cache_dtype)
         if transformer.config.vocabulary_size != vocabulary.size:
             raise OmniError(
                 f"the transformer has {transformer.config.vocabulary_size} ids, its vocabulary.json {vocabulary.size}"
@@ -67,6 +74,7 @@ class Model:
         self.transformer, self.vocabulary, self.grammar = transformer, vocabulary, grammar
         self.processor = Processor(vocabulary, grammar, tokenizers)
         self.context_length, self.mesh = context_length, mesh
+        self.weights_dtype, self.cache_dtype = weights_dtype, cache_dtype
         self.generation = dict(generation or {})
         if unknown := set(self.generation) - set(SETTINGS):
             raise OmniError(f"generation.json: unknown setting {sorted(unknown)}; settings are {sorted(SETTINGS)}")
@@ -82,13 +90,20 @@ class Model:
         return self.transformer.config
 
     def __repr__(self) -> str:
-        count = sum(leaf.size for leaf in jax.tree.leaves(self.engine.decoder))
+        count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self.transformer, nnx.Param)))
         return f"Model({', '.join(self.grammar.modalities)}; {count / 1e6:.1f} million parameters)"
 
     # Files
 
     @classmethod
-    def load(cls, directory: epath.PathLike, mesh: Mesh | None = None) -> Model:
+    def load(
+        cls,
+        directory: epath.PathLike,
+        mesh: Mesh | None = None,
+        *,
+        weights_dtype: str | None = None,
+        cache_dtype: str | None = None,
+    ) -> Model:
         """Reads a directory written by `save`; `OmniError` says what is missing, damaged or does not fit."""
         directory = epath.Path(directory)
         transformer, context_length, belongs_to = load_transformer(directory, mesh)
@@ -102,7 +117,8 @@ class Model:
         settings = directory / "generation.json"
         generation = _read_json(settings) if settings.exists() else None
         pieces = (transformer, vocabulary, grammar, tokenizers)
-        model = cls(*pieces, context_length=context_length, generation=generation, mesh=mesh)
+        held = {"weights_dtype": weights_dtype, "cache_dtype": cache_dtype}
+        model = cls(*pieces, context_length=context_length, generation=generation, mesh=mesh, **held)
         found = {"vocabulary": vocabulary.hash, "grammar": grammar.hash}
         for name, hash in (found | {name: each.hash for name, each in tokenizers.items()}).items():
             if belongs_to.get(name, hash) != hash:
@@ -133,9 +149,10 @@ class Model:
     @functools.cached_property
     def engine(self) -> Engine:
         """The batched engine over unstacked weights."""
-        mesh, model = self.mesh, self.transformer
-        decoder = make_decoder(model) if mesh is None else decoder_on(mesh, ShardingRules(), model)
-        return Engine(decoder, self.grammar, context=self.context_length, mesh=mesh)
+        mesh, model, dtype = self.mesh, self.transformer, self.weights_dtype
+        decoder = make_decoder(model, dtype) if mesh is None else decoder_on(mesh, ShardingRules(), model, dtype)
+        context = self.context_length
+        return Engine(decoder, self.grammar, context=context, mesh=mesh, cache_dtype=self.cache_dtype)
 
     def generate(
         self, parts: Sequence[Part | str], want: Sequence[str] | None = None, **settings
@@ -244,7 +261,13 @@ def _logits(transformer: Transformer, ids, positions):
 
 
 def load(
-    name: epath.PathLike, mesh: MeshConfig | None = None, dtype: str = "float32", *, torch_reader: bool = False
+    name: epath.PathLike,
+    mesh: MeshConfig | None = None,
+    dtype: str = "float32",
+    *,
+    weights_dtype: str | None = None,
+    cache_dtype: str | None = None,
+    torch_reader: bool = False,
 ) -> Model:
     """Opens a model: the name of one that came with the package, a run, a directory of `Model.save`, or a public
     checkpoint's directory (docs/checkpoints.md, `omni.interop.load_checkpoint`).
@@ -255,10 +278,13 @@ def load(
       mesh: how the transformer lies on this machine's devices, as for a training: `MeshConfig(tensor=4)` splits its
         layers over four and requests over what is left. Without it, one device holds and does everything.
       dtype: type in which a public checkpoint's matrices are kept and its activations computed, float32 or bfloat16.
+      weights_dtype: type in which matrices are held while replies are generated: float32, bfloat16 or int8 (package
+        qwix), by default that in which they are computed with. `logits` and `token_losses` know nothing of it.
+      cache_dtype: the same of keys and values of what was read.
       torch_reader: whether to read a public checkpoint in PyTorch's format with torch's weights_only reader.
 
     Raises:
-      UsageError: the mesh does not fit the devices, or a dtype for what is no public checkpoint.
+      UsageError: the mesh does not fit the devices, there is no such type, or a dtype for what is no public checkpoint.
       OmniError: if there is no model of that name, or its files are damaged; says what is missing.
     """
     boxed = sorted(path.name for path in MODELS.glob("*/"))
@@ -269,13 +295,14 @@ def load(
         known = ", ".join(boxed) or "none"
         raise OmniError(f"{name}: no such directory, nor a model in the box (there is: {known})")
     devices = None if mesh is None else make_mesh(mesh)
+    held = {"weights_dtype": weights_dtype, "cache_dtype": cache_dtype}
     if (directory / DESCRIPTION).exists():
         if dtype != "float32":
             raise UsageError(f"{directory}: dtype is for public checkpoints; a model's own is in its {DESCRIPTION}")
-        return Model.load(directory, devices)
+        return Model.load(directory, devices, **held)
     if not is_public(directory):
         raise OmniError(f"{directory}: not a run or a model: it holds no {DESCRIPTION}, nor a public checkpoint")
-    return Model(**vars(load_checkpoint(directory, devices, dtype, torch_reader)), mesh=devices)
+    return Model(**vars(load_checkpoint(directory, devices, dtype, torch_reader)), mesh=devices, **held)
 
 
 def _read_json(path: epath.Path) -> dict:

@@ -102,6 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="split the model over N devices (default: one holds all)",
     )
     generate.add_argument("--stream", action="store_true", help="print text as it comes; with --json a line an event")
+    _add_held(generate, "")
     generate.add_argument("--json", action="store_true", help="print the parts as JSON, one reply a line")
     generate.add_argument(
         "--log-probabilities",
@@ -160,6 +161,7 @@ def make_parser() -> argparse.ArgumentParser:
     compile_.add_argument(
         "--capacity", type=int, metavar="TOKENS", help="with --generate: of prompt and reply (default: those of a row)"
     )
+    _add_held(compile_, "with --generate: ")
     compile_.add_argument("--json", action="store_true")
     compile_.set_defaults(takes_overrides=True, print_help=compile_.print_help)
 
@@ -247,6 +249,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true")
     return parser
+
+
+def _add_held(parser: argparse.ArgumentParser, when: str) -> None:
+    for name, what in (("weights", "matrices are"), ("cache", "keys and values are")):
+        parser.add_argument(
+            f"--{name}-dtype",
+            choices=("float32", "bfloat16", "int8"),
+            help=f"{when}type in which {what} held (default: that in which they are computed with)",
+        )
 
 
 def _add_eval_arguments(evaluate: argparse.ArgumentParser) -> None:

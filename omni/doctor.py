@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from packaging.requirements import Requirement
 
 DISTRIBUTION = "omni-any-to-any"
-EXTRAS = ("quickstart", "notebook", "speech", "video", "parquet", "checkpoints", "test")
+EXTRAS = ("quickstart", "notebook", "speech", "video", "parquet", "checkpoints", "int8", "test")
 # What is imported of a distribution, where it is not its name; None of a program.
 MODULES = {
     "espeakng-loader": "espeakng_loader",

@@ -85,9 +85,10 @@ def run_compile(options: argparse.Namespace, overrides: list[str]) -> None:
     if not isinstance(config, TrainConfig):
         raise UsageError(f"{options.experiment} configures no training but {type(config).__name__}")
     _status("compiling")
-    chosen = {name: getattr(options, name) for name in ("requests", "capacity") if getattr(options, name) is not None}
+    settings = ("requests", "capacity", "weights_dtype", "cache_dtype")
+    chosen = {name: getattr(options, name) for name in settings if getattr(options, name) is not None}
     if chosen and not options.generate:
-        raise UsageError(f"--{next(iter(chosen))} is of generation; add --generate")
+        raise UsageError(f"--{next(iter(chosen)).replace('_', '-')} is of generation; add --generate")
     config = of_stage(config, options.stage)
     if options.generate:
         found = compile_generation(config, options.topology, options.slices, **chosen)
@@ -105,7 +106,8 @@ def run_generate(options: argparse.Namespace) -> None:
         raise UsageError("--log-probabilities are printed as JSON alone; add --json")
     _status(f"loading {options.model}")
     mesh = None if options.tensor is None else MeshConfig(tensor=options.tensor)
-    model = omni.load(options.model, mesh=mesh)
+    held = {"weights_dtype": options.weights_dtype, "cache_dtype": options.cache_dtype}
+    model = omni.load(options.model, mesh=mesh, **held)
     sampling = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "guidance", "media_guidance")
     settings = {
         name: parse_setting(name, getattr(options, name)) for name in sampling if getattr(options, name) is not None

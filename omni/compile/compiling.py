@@ -17,6 +17,7 @@ from omni.compile.topologies import GPUS, WITHOUT_A_GPU, accelerator_named, slic
 from omni.generate import Engine
 from omni.model import Transformer, decoder_on
 from omni.model.attention import row_order
+from omni.model.quantized import check_dtype
 from omni.sharding import ShardingRules, activations_on, make_mesh
 from omni.train.language import TransformerTask
 from omni.train.loop import TrainConfig
@@ -66,13 +67,21 @@ def compile_training(config: TrainConfig, topology: str, slices: int = 1) -> dic
 
 
 def compile_generation(
-    config: TrainConfig, topology: str, slices: int = 1, *, requests: int = 8, capacity: int | None = None
+    config: TrainConfig,
+    topology: str,
+    slices: int = 1,
+    *,
+    requests: int = 8,
+    capacity: int | None = None,
+    weights_dtype: str | None = None,
+    cache_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Compiles the very loop by which `omni generate` emits tokens, of the model of a training.
 
     Args:
       requests: how many are answered together.
       capacity: tokens of prompt and reply that the cache has room for; by default those of a row of the training.
+      weights_dtype, cache_dtype: as of `omni.load`.
 
     Returns:
       As `compile_training`; all but memory is of one token for each request, and "tokens_per_second", [low, high], is
@@ -88,18 +97,24 @@ def compile_generation(
     capacity = config.task.row_length if capacity is None else capacity
     if min(requests, capacity) < 1:
         raise UsageError(f"requests and capacity must be at least 1, got {requests} and {capacity}")
+    check_dtype("weights_dtype", weights_dtype)
+    check_dtype("cache_dtype", cache_dtype)
     devices = topology_devices(topology, slices)
     config = by_recipe(config, devices) if config.recipe else config
     mesh, model = make_mesh(config.mesh, devices), config.task.model
     shapes = nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))
-    engine = Engine(decoder_on(mesh, ShardingRules(), shapes), config.task.shards.grammar, mesh=mesh)
-    remedies = partial(generation_remedies, model, mesh, requests, capacity)
+    decoder = decoder_on(mesh, ShardingRules(), shapes, weights_dtype)
+    engine = Engine(decoder, config.task.shards.grammar, mesh=mesh, cache_dtype=cache_dtype)
+    held = {"weights_dtype": weights_dtype, "cache_dtype": cache_dtype}
+    remedies = partial(generation_remedies, model, mesh, requests, capacity, **held)
     compiled, found = _compiled(engine.lower(requests, capacity), topology, slices, len(devices), remedies)
     schedule = Schedule(compiled.as_text(), len(devices)).loop()
     tokens = requests / len(devices)
     estimated = estimate_generation(schedule, model, tokens, capacity, slice_numbers(mesh), accelerator)
     rates = [requests / seconds for seconds in estimated.step_seconds()]
-    return found | {"requests": requests, "capacity": capacity} | estimated.to_json() | {"tokens_per_second": rates}
+    return (
+        found | {"requests": requests, "capacity": capacity} | held | estimated.to_json() | {"tokens_per_second": rates}
+    )
 
 
 def _compiled(

@@ -53,15 +53,25 @@ def training_remedies(config: TrainConfig, mesh: Mesh, missing: float) -> list[s
 
 
 def generation_remedies(
-    model: TransformerConfig, mesh: Mesh, requests: int, capacity: int, missing: float
+    model: TransformerConfig,
+    mesh: Mesh,
+    requests: int,
+    capacity: int,
+    missing: float,
+    weights_dtype: str | None = None,
+    cache_dtype: str | None = None,
 ) -> list[str]:
     """Settings of a generation, each of which frees `missing` bytes of a device."""
     tensor, wanted = mesh.shape["tensor"], missing * _MARGIN
     heads = model.key_value_heads / (tensor if model.key_value_heads % tensor == 0 else 1)
     rows = max(1, requests / spread(mesh, ShardingRules().batch))
-    cache = 2 * model.depth * rows * heads * capacity * model.head_dim * _width(model)
-    weights = _width(model) * parameter_count(model) / (tensor * mesh.shape["fsdp"])
+    scale = 4 / model.head_dim  # of a cache in int8
+    widths = {None: _width(model), "float32": 4, "bfloat16": 2, "int8": 1 + scale}
+    cache = 2 * model.depth * rows * heads * capacity * model.head_dim * widths[cache_dtype]
+    weights = (widths | {"int8": 1})[weights_dtype] * parameter_count(model) / (tensor * mesh.shape["fsdp"])
     found = []
+    if (freed := cache * (1 - widths["int8"] / widths[cache_dtype])) >= wanted:
+        found.append(f"--cache-dtype int8 ({_gib(freed)} less)")
     if cache > wanted:
         settings = {"--requests": requests, "--capacity": capacity}
         fewer = {name: math.floor(value * (1 - wanted / cache)) for name, value in settings.items()}

@@ -37,6 +37,7 @@ class Engine:
         context: int | None = None,
         max_rows: int = 256,
         mesh: Mesh | None = None,
+        cache_dtype: str | None = None,
     ):
         """An engine.
 
@@ -45,9 +46,10 @@ class Engine:
           max_rows: most sequences that `generate` and `stream` answer at a time, shadows among them; others wait.
           mesh: the devices over which the decoder lies (`decoder_on`), None for one. Sequences are split over them as
             rows of a training are, heads and vocabulary as its parameters; the replies are those of one device.
+          cache_dtype: what keys and values are held in: float32, bfloat16 or int8; by default the compute type.
         """
         self.decoder, self.grammar, self.context, self.max_rows = decoder, grammar, context, max_rows
-        self.programs = Programs(decoder, grammar, mesh)
+        self.programs = Programs(decoder, grammar, mesh, cache_dtype)
 
     @property
     def counts(self) -> Counter[str]:

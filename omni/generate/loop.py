@@ -19,10 +19,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
 from omni.generate.rules import Rules, admitted_classes
 from omni.generate.sampling import penalise, sample
 from omni.model import CACHE_AXES, Decoder, decoder_stream
+from omni.model.attention import Cache
+from omni.model.quantized import Held, dequantized
 from omni.model.transformer import project
 from omni.sharding import constrain
 
-Cache = list[tuple[Array, Array]]
 PARTS, REPLIES, NOTHING = 1, 2, 3
 """At what ends `advance` pauses: `State.ended` that is at least this."""
 PLAUSIBLE = 0.1  # least share of the likeliest id's own probability that an id needs to be drawn under guidance above 1
@@ -34,7 +35,7 @@ class Block:
     """Ids that the next token may be, and their rows of the head."""
 
     ids: Int[Array, " ids"]
-    head: Float[Array, "ids dim"]
+    head: Held
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +90,7 @@ class State:
       log_probabilities: of the emitted ids; without columns where no request asks for them.
     """
 
-    cache: Cache
+    cache: list[Cache]
     stream: Float[Array, "rows dim"]
     length: Int[Array, " rows"]
     tokens: Int[Array, "requests capacity"]
@@ -261,7 +262,7 @@ def choose(
 ) -> tuple[Int[Array, " requests"], Float[Array, " requests"]]:
     """An id of the block for every request, and the log-probability that it had."""
     requests, modality = jnp.arange(len(live)), rules.next_modality[state.grammar]
-    logits = project(state.stream[:, None], block.head)[:, 0]
+    logits = project(state.stream[:, None], dequantized(block.head))[:, 0]
     logits, plausible = guided_logits(settings, logits, modality, admitted[:, rules.class_of[block.ids]])
     if state.seen.shape[1]:
         logits = penalise(logits, state.seen[:, block.ids], settings.repetition_penalty[requests, modality])

@@ -30,14 +30,16 @@ class Programs:
       counts: how often each program was traced, the `steps` taken by all batches and the tokens of prompts `read`.
     """
 
-    def __init__(self, decoder: Decoder, grammar: Grammar, mesh: Mesh | None = None):
-        """The programs; `mesh` is where the decoder lies, None for one device. Nothing is compiled yet."""
+    def __init__(self, decoder: Decoder, grammar: Grammar, mesh: Mesh | None = None, cache_dtype: str | None = None):
+        """The programs; `mesh` is where the decoder lies, None for one device, and `cache_dtype` what the cache is held
+        in (see `init_cache`). Nothing is compiled yet."""
         self.decoder, self.grammar, self.rules = decoder, grammar, make_rules(grammar)
         self._mesh, self._places = mesh, ShardingRules()
         self.row_shards = 1 if mesh is None else spread(mesh, self._places.batch)
         self._blocks = self._inner_blocks()
         self.counts: Counter[str] = Counter()
-        self._empty = jax.jit(partial(_empty, self.rules.pad), static_argnames=_SIZES)
+        self._nothing = partial(_empty, self.rules.pad, cache_dtype)
+        self._empty = jax.jit(self._nothing, static_argnames=_SIZES)
         self._widened = jax.jit(_widened, static_argnames=_SIZES)
         self._read_prompts = jax.jit(self._counted(read_prompts), donate_argnames="state")
         self._copy_rows = jax.jit(self._counted(copy_rows), donate_argnames="state")
@@ -117,7 +119,7 @@ class Programs:
         """The program of `advance` for requests without shadows, each in a row, not compiled yet."""
         sizes = dict(zip(_SIZES, (rows, rows, capacity, 0, 0), strict=True))
         with self._on_mesh():
-            state = jax.eval_shape(partial(_empty, self.rules.pad, **sizes), self.decoder)
+            state = jax.eval_shape(partial(self._nothing, **sizes), self.decoder)
             state = jax.tree.map_with_path(self._placed, state)
             arguments = self.rules, self._blocks, settings, state, np.int32(capacity), np.int32(0)
             shapes = jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else _shape_of(x), arguments)
@@ -135,13 +137,13 @@ class Programs:
     def _inner_blocks(self) -> list[Block]:
         """The head's rows for `inner_blocks`, taken once; of a decoder of shapes, shapes."""
         blocks, head = inner_blocks(self.grammar), self.decoder.head
-        if isinstance(head, jax.ShapeDtypeStruct):
-            shapes = [(len(ids), head.shape[1]) for ids in blocks]
-            return [
-                Block(_shape_of(ids), self._shape(shape, head.dtype, *HEAD_AXES))
-                for ids, shape in zip(blocks, shapes, strict=True)
-            ]
-        take = jax.jit(lambda head, ids: constrain(head[ids], *HEAD_AXES))
+        if isinstance(jax.tree.leaves(head)[0], jax.ShapeDtypeStruct):
+
+            def part(ids: Int[np.ndarray, " ids"], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+                return self._shape((len(ids), x.shape[1]), x.dtype, *HEAD_AXES)
+
+            return [Block(_shape_of(ids), jax.tree.map(partial(part, ids), head)) for ids in blocks]
+        take = jax.jit(lambda head, ids: jax.tree.map(lambda x: constrain(x[ids], *HEAD_AXES), head))
         with self._on_mesh():
             return [Block(jnp.asarray(ids), take(head, ids)) for ids in blocks]
 
@@ -152,7 +154,9 @@ class Programs:
 _SIZES = ("rows", "slots", "capacity", "seen", "drawn")
 
 
-def _empty(pad: int, decoder: Decoder, rows: int, slots: int, capacity: int, seen: int, drawn: int) -> State:
+def _empty(
+    pad: int, cache_dtype: str | None, decoder: Decoder, rows: int, slots: int, capacity: int, seen: int, drawn: int
+) -> State:
     config = decoder.config
     # Of the decoder's devices, whether or not anything told jax to keep arrays there.
     stream = jnp.zeros((rows, config.dim), config.compute_dtype) + 0 * decoder.norm.astype(config.compute_dtype)
@@ -162,7 +166,7 @@ def _empty(pad: int, decoder: Decoder, rows: int, slots: int, capacity: int, see
 
     return everywhere(
         State(
-            cache=init_cache(config, rows, capacity),
+            cache=init_cache(config, rows, capacity, cache_dtype),
             stream=constrain(stream, "batch", None),
             length=zeros(rows),
             tokens=jnp.full((slots, capacity), pad, jnp.int32),

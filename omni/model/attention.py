@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from omni.model import splash
 from omni.model.config import TransformerConfig
+from omni.model.quantized import Held, dequantized, quantized
 from omni.sharding import active_mesh, mesh_axes, named_sharding, spread
 from omni_tokenizers.errors import UsageError
 
@@ -18,8 +19,10 @@ KeyValueHeads = Float[Array, "batch length key_value_heads head_dim"]
 Segments = Int[Array, "batch length"]
 Largest = Float[Array, "batch length heads"]
 Mask = Bool[Array, "#batch 1 length slots"]
-Stored = Float[Array, "rows key_value_heads slots head_dim"]
+Stored = Held  # [rows, key_value_heads, slots, head_dim]
 Cache = tuple[Stored, Stored]
+HEAD = (-1,)
+"""The axis of keys and values whose numbers share a scale in a cache in int8."""
 
 
 def row_order(length: int) -> Int[np.ndarray, " length"] | None:
@@ -225,10 +228,14 @@ def write_cache(
     """Put token i of each row in its slot of the cache's rows (by default all, in order); rows that do not exist and
     slots beyond the capacity are dropped, never wrapped or clamped."""
     rows = jnp.arange(slots.shape[0]) if rows is None else rows
-    return tuple(
-        old.at[rows[:, None], :, slots].set(new.astype(old.dtype), mode="drop")
-        for old, new in zip(cache, (key, value), strict=True)
-    )
+
+    def put(old: Array, new: Array) -> Array:
+        return old.at[rows[:, None], :, slots].set(new.astype(old.dtype), mode="drop")
+
+    def written(old: Stored, new: KeyValueHeads) -> Stored:
+        return put(old, new) if isinstance(old, jax.Array) else jax.tree.map(put, old, quantized(new, HEAD))
+
+    return tuple(written(old, new) for old, new in zip(cache, (key, value), strict=True))
 
 
 def slot_mask(slots: Int[Array, "rows length"], capacity: int) -> Mask:
@@ -242,7 +249,7 @@ def attend_slots(query: Heads, cache: Cache, mask: Mask) -> Heads:
     The cache is read where it lies: through `dot_product_attention` it is transposed for every token, which on a CPU
     takes longer than the rest of the step.
     """
-    keys, values = (stored.astype(query.dtype) for stored in cache)
+    keys, values = (dequantized(stored).astype(query.dtype) for stored in cache)
     rows, length, heads, head_dim = query.shape
     groups = keys.shape[1]
     query = query.reshape(rows, length, groups, -1, head_dim).transpose(0, 2, 3, 1, 4)

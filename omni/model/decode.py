@@ -13,55 +13,89 @@ from jax.sharding import Mesh
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from omni.model import experts
-from omni.model.attention import Cache, Heads, KeyValueHeads, Mask, attend_slots, slot_mask, write_cache
+from omni.model.attention import HEAD, Cache, Heads, KeyValueHeads, Mask, Stored, attend_slots, slot_mask, write_cache
 from omni.model.config import TransformerConfig
 from omni.model.positions import rotation
-from omni.model.transformer import Stream, Transformer, Weights, block, embed, project, rms_norm
+from omni.model.quantized import Held, dequantized, quantized
+from omni.model.transformer import Stream, Transformer, block, embed, project, rms_norm
 from omni.sharding import ShardingRules, constrain, named_sharding
 
 CACHE_AXES = ("batch", "key_value_heads", None, "head_dim")
 """Logical axes of keys and values in a cache."""
+SUMMED = {
+    **dict.fromkeys(("query", "key", "value"), (-3,)),
+    "output": (-3, -2),
+    **dict.fromkeys(("gate", "up", "down"), (-2,)),
+    "head": (-1,),
+}
+"""Axes of each matrix over which its product sums; in int8, each place of the others, an output, has a scale."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Decoder:
-    """A transformer's weights for decoding: a pytree of arrays, with its configuration as static data."""
+    """A transformer's weights for decoding: a pytree of arrays, with its configuration as static data.
+
+    Matrices of layers and the head may be held in int8 (`omni.model.quantized`)."""
 
     config: TransformerConfig = field(metadata={"static": True})
     embedding: Float[Array, "vocabulary dim"]
-    layers: list[Weights]
+    layers: list[dict[str, Held]]
     norm: Float[Array, " dim"]
-    head: Float[Array, "vocabulary dim"]
+    head: Held
 
 
-def make_decoder(model: Transformer) -> Decoder:
-    """Unstack the weights, cast to the compute type once; norms and routers stay float32."""
+def make_decoder(model: Transformer, dtype: str | None = None) -> Decoder:
+    """Unstack the weights, cast once to `dtype`, which is the compute type unless given; norms and routers stay
+    float32.
+
+    In "int8" each output of a matrix has a scale, and the embedding stays in the compute type; a tied head is then an
+    array of its own.
+    """
     config = model.config
-    head = model.output_weights().astype(config.compute_dtype)
-    embedding = head if config.tied_embeddings else model.embedding[...].astype(config.compute_dtype)
+    if dtype == "int8":
+        return _int8_decoder(model)
+    dtype = dtype or config.compute_dtype
+    head = model.output_weights().astype(dtype)
+    embedding = head if config.tied_embeddings else model.embedding[...].astype(dtype)
     stacked = {
-        name: weight if "norm" in name or name == "router" else weight.astype(config.compute_dtype)
+        name: weight if "norm" in name or name == "router" else weight.astype(dtype)
         for name, weight in model.blocks.weights().items()
     }
     layers = [{name: weight[layer] for name, weight in stacked.items()} for layer in range(config.depth)]
     return Decoder(config, embedding, layers, model.norm[...], head)
 
 
-def decoder_on(mesh: Mesh, rules: ShardingRules, model: Transformer) -> Decoder:
-    """`make_decoder` with each weight laid out on a mesh by its logical axes.
+def _int8_decoder(model: Transformer) -> Decoder:
+    """Matrix by matrix, so that no more than one is there as floats besides the model's own."""
+    config, stacked = model.config, model.blocks.weights()
+
+    def held(name: str, weight: Array) -> Held:
+        return _int8_matrix(weight, SUMMED[name]) if name in SUMMED else weight
+
+    layers = [{name: held(name, weight[layer]) for name, weight in stacked.items()} for layer in range(config.depth)]
+    embedding = model.embedding[...].astype(config.compute_dtype)
+    return Decoder(config, embedding, layers, model.norm[...], held("head", model.output_weights()))
+
+
+_int8_matrix = jax.jit(quantized, static_argnums=1)
+
+
+def decoder_on(mesh: Mesh, rules: ShardingRules, model: Transformer, dtype: str | None = None) -> Decoder:
+    """`make_decoder` with each weight laid out on a mesh by its logical axes; scales lie with their outputs.
 
     Of shapes in place of arrays it makes shapes, with their shardings.
     """
     graphdef, state = nnx.split(model)
 
     def unstack(state: nnx.State) -> Decoder:
-        return make_decoder(nnx.merge(graphdef, state))
+        return make_decoder(nnx.merge(graphdef, state), dtype)
+
+    def place(axes: _Axes, held: Held) -> Held:
+        return jax.tree.map(lambda x: named_sharding(axes.names, rules, mesh, x.shape), held)
 
     shapes = jax.eval_shape(unstack, state)
-    shardings = jax.tree.map(
-        lambda x, axes: named_sharding(axes.names, rules, mesh, x.shape), shapes, _decoder_axes(model)
-    )
+    shardings = jax.tree.map(place, _decoder_axes(model), shapes)
     if isinstance(jax.tree.leaves(state)[0], jax.ShapeDtypeStruct):
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return jax.jit(unstack, out_shardings=shardings)(state)
@@ -89,14 +123,21 @@ def _decoder_axes(model: Transformer) -> Decoder:
 def init_cache(config: TransformerConfig, rows: int, capacity: int, dtype: DTypeLike | None = None) -> list[Cache]:
     """An empty cache: per layer, keys and values of zeros [rows, key_value_heads, capacity, head_dim].
 
-    `dtype` is the compute type unless given.
+    `dtype` is the compute type unless given; "int8": each head of each slot has a scale.
     """
     shape = (rows, config.key_value_heads, capacity, config.head_dim)
+    held = jax.ShapeDtypeStruct(shape, jnp.float32 if dtype == "int8" else dtype or config.compute_dtype)
+    held = jax.eval_shape(partial(quantized, shared=HEAD), held) if dtype == "int8" else held
 
-    def empty() -> Array:
-        return constrain(jnp.zeros(shape, dtype or config.compute_dtype), *CACHE_AXES)
+    def empty() -> Stored:
+        return jax.tree.map(lambda x: _laid_out(jnp.zeros(x.shape, x.dtype)), held)
 
     return [(empty(), empty()) for _ in range(config.depth)]
+
+
+def _laid_out(stored: Array) -> Array:
+    """Numbers or scales of a cache, by their logical axes."""
+    return constrain(stored, *CACHE_AXES)
 
 
 def apply_decoder(
@@ -112,7 +153,7 @@ def apply_decoder(
     Arguments as of `decoder_stream`; with `last`, logits [rows, 1, vocabulary].
     """
     x, cache = decoder_stream(decoder, ids, positions, slots, cache, last)
-    return project(x, decoder.head), cache
+    return project(x, dequantized(decoder.head)), cache
 
 
 def decoder_stream(
@@ -139,6 +180,7 @@ def decoder_stream(
     new_cache = []
     for weights, layer_cache in zip(decoder.layers, cache, strict=True):
         attend = partial(attend_cache, layer_cache, slots, mask, cache_rows)
+        weights = {name: dequantized(weight) for name, weight in weights.items()}
         x, layer_cache, _ = block(config, weights, x, by, attend, tokens=tokens)
         new_cache.append(layer_cache)
     if last is not None:
@@ -156,6 +198,6 @@ def attend_cache(
     value: KeyValueHeads,
 ) -> tuple[Heads, Cache]:
     """Write keys and values into their slots, then attend to all slots that the mask shows."""
-    cache = tuple(constrain(stored, *CACHE_AXES) for stored in write_cache(cache, key, value, slots, rows))
-    own = cache if rows is None else tuple(constrain(stored[rows], *CACHE_AXES) for stored in cache)
+    cache = jax.tree.map(_laid_out, write_cache(cache, key, value, slots, rows))
+    own = cache if rows is None else jax.tree.map(lambda stored: _laid_out(stored[rows]), cache)
     return attend_slots(query, own, mask), cache

@@ -133,6 +133,19 @@ def test_generation_is_measured(tmp_path):
     assert json.loads(json.dumps(found)) == found
 
 
+@pytest.mark.aot
+def test_generation_in_int8_is_measured(tmp_path):
+    """Weights and cache take half the memory of bfloat16's and a scale for each output, head and slot."""
+    shapes = {"requests": 8, "capacity": 4096}
+    held = {"weights_dtype": "int8", "cache_dtype": "int8"}
+    config = dataclasses.replace(small(tmp_path, tied_embeddings=False), mesh=MeshConfig(data=1, tensor=4))
+    plain, found = (compile_generation(config, "v5e:2x2", **shapes, **each)["memory"] for each in ({}, held))
+    embedding = 2 * SMALL.vocabulary_size * SMALL.dim / 4
+    half = (plain["arguments"] - embedding) / 2 + embedding
+    assert half < found["arguments"] < 1.1 * half
+    assert found["total"] < plain["total"]
+
+
 def test_generation_of_nothing_is_refused(tmp_path):
     """Usage errors: no requests, or no transformer."""
     with pytest.raises(UsageError, match="at least 1, got 0 and 512"):

@@ -62,8 +62,13 @@ def test_microbatches_and_devices(mesh):
 
 
 def test_generation(mesh):
-    """A cache of 2 x 2 x 64 x 4 x 8,192 x 128 values of 4 bytes, 4 GiB, of which 1.1 have to go."""
+    """A cache of 2 x 2 x 64 x 4 x 8,192 x 128 values of 4 bytes, 4 GiB, of which 1.1 have to go; in int8 it has 1 GiB
+    and a scale of 4 bytes for each 128, of which half a GiB have to."""
     assert generation_remedies(MODEL, mesh, requests=64, capacity=8192, missing=GIB) == [
-        *("--requests 46", "--capacity 5939", "2 times as many devices along tensor")
+        *("--cache-dtype int8 (2.97G less)", "--requests 46", "--capacity 5939"),
+        "2 times as many devices along tensor",
+    ]
+    assert generation_remedies(MODEL, mesh, 64, 8192, GIB / 2.2, cache_dtype="int8") == [
+        *("--requests 32", "--capacity 4220", "2 times as many devices along tensor")
     ]
     assert generation_remedies(MODEL, mesh, requests=64, capacity=8192, missing=100 * GIB) == []

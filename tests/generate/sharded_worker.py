@@ -42,15 +42,23 @@ def main() -> None:
     found = {}
     if len(sys.argv) == 1:
         found["one device"] = ids(Engine(make_decoder(model), grammar).generate(requests))
+        found["int8, one device"] = ids(in_int8(make_decoder(model, "int8"), grammar).generate(requests))
     for name, config in list(MESHES.items())[: 1 if len(sys.argv) > 1 else None]:
         mesh = make_mesh(config)
         decoder = decoder_on(mesh, ShardingRules(), model)
         engine = Engine(decoder, grammar, mesh=mesh)
         found[name] = ids(engine.generate(requests))
+        if name in ("tensor 4 x data 2", "tensor 2 x fsdp 4"):
+            engine_in_int8 = in_int8(decoder_on(mesh, ShardingRules(), model, "int8"), grammar, mesh=mesh)
+            found[f"int8, {name}"] = ids(engine_in_int8.generate(requests))
         held = [sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(decoder))]
         found[f"{name}, share held"] = held[0] / sum(leaf.nbytes for leaf in jax.tree.leaves(decoder))
         assert ids(engine.generate(requests[:1])) == found[name][:1], "a single request goes through a mesh as well"
     print(json.dumps(found))
+
+
+def in_int8(decoder, grammar, **settings) -> Engine:
+    return Engine(decoder, grammar, cache_dtype="int8", **settings)
 
 
 def ids(replies) -> list[list[int]]:

@@ -37,9 +37,17 @@ def test_same_replies_on_every_mesh(found):
     holds its part of the weights alone."""
     one = found["one device"]
     meshes = ("one device", "tensor 4 x data 2", "tensor 2 x fsdp 4", "data 8")
-    assert {name: found[name] for name in found if "held" not in name} == dict.fromkeys(meshes, one)
+    plain = {name: found[name] for name in found if "held" not in name and "int8" not in name}
+    assert plain == dict.fromkeys(meshes, one)
     assert found["data 8, share held"] == 1
     assert found["tensor 2 x fsdp 4, share held"] < 0.2 and found["tensor 4 x data 2, share held"] < 0.4
+
+
+@pytest.mark.slow
+def test_same_replies_in_int8(found):
+    """So they are with weights and cache in int8, other replies than in float32."""
+    one = found["int8, one device"]
+    assert found["int8, tensor 4 x data 2"] == found["int8, tensor 2 x fsdp 4"] == one != found["one device"]
 
 
 @pytest.mark.slow
@@ -51,4 +59,6 @@ def test_same_replies_of_two_processes(found):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     processes = [launch(4, address, "2", str(number)) for number in range(2)]
     for process in processes:
-        assert printed(process)["tensor 4 x data 2"] == found["one device"]
+        theirs = printed(process)
+        assert theirs["tensor 4 x data 2"] == found["one device"]
+        assert theirs["int8, tensor 4 x data 2"] == found["int8, one device"]

@@ -243,6 +243,32 @@ def test_a_later_turn_reads_what_is_new_alone(model, grammar):
     assert engine.counts["read"] - before == 2, "of what is held whole, the last token of each row is read again"
 
 
+def test_replies_in_int8_are_those_of_each_alone(model, grammar):
+    """Weights and cache in int8: guided requests in slots that hold the beginnings of earlier ones are answered as each
+    in a batch of its own, and of a prompt whose beginning a slot holds the rest alone is read."""
+    engine = Engine(make_decoder(model, "int8"), grammar, cache_dtype="int8")
+    shadows = unconditional_shadow(prompt(grammar, 0), np.array([1, 3, 1.5], np.float32))
+    requests = [
+        request(
+            grammar, prompt(grammar, i, "text", "image"), want=WANTS[i % 4], temperature=i % 2, shadows=shadows, seed=i
+        )
+        for i in range(8)
+    ]
+
+    def alone(asked):
+        return answer(engine.open(4, capacity=ROOM, shadows=4), [asked], np.random.default_rng(0))[0]
+
+    batch = engine.open(4, capacity=ROOM, shadows=4)
+    replies = answer(batch, requests, np.random.default_rng(0))
+    assert jax.tree.leaves(batch._state.cache)[0].dtype == "int8"
+    assert [reply.ids.tolist() for reply in replies] == [alone(asked).ids.tolist() for asked in requests]
+    follow = np.concatenate([requests[7].ids, replies[7].ids[:-1], requests[6].ids[1:]]).astype(np.int32)
+    longer, before = replace(requests[6], ids=follow), engine.counts["read"]
+    second = answer(batch, [longer], np.random.default_rng(0))[0]
+    assert engine.counts["read"] - before == len(requests[6].ids) - 1 + 1, "and the last token of its shadow"
+    assert second.ids.tolist() == alone(longer).ids.tolist()
+
+
 def test_requests_wait_for_rows_of_shadows(model, grammar):
     """One row for guidance serves three guided requests one after the other; what two rows need never waits."""
     engine = Engine(make_decoder(model), grammar)
