@@ -327,6 +327,7 @@ def cut(directory):
         (lambda d: (d / "tokenizer.json").write_text('{"added_tokens": 1}'), r"tokenizer\.json: not a tokenizer\.json"),
         (lambda d: (d / "tokenizer.json").write_text('{"added_tokens": [{"id": -1}]}'), "None has -1, which is no id"),
         (lambda d: (d / "added_tokens.json").write_text('{"a": "b"}'), "added token 'a' has 'b', which is no id"),
+        (lambda d: (d / "added_tokens.json").write_text('{"a": -1}'), "added token 'a' has -1, which is no id"),
         (
             both(
                 change_tensors(lambda t: t.update({"model.layers.199999.input_layernorm.weight": t[NORM]})),

@@ -16,16 +16,19 @@ from omni.interop import emu3_5
 from omni.interop.tiktoken import read_ranks
 from omni_tokenizers.text_json import JsonTextTokenizer
 
+WHOLE = "zqxjzq"
+"""A piece to which no two others join: a word that is it becomes it all the same."""
+
 
 def pieces() -> list[bytes]:
-    """Pieces of bytes in the order of their ranks: a small trained tokenizer's."""
+    """Pieces of bytes in the order of their ranks: a small trained tokenizer's, and one more."""
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     letter = {character: ord(character) for character in alphabet if ord(character) < 256}
     hidden = sorted(set(range(256)) - set(letter.values()))
     letter |= dict(zip(sorted(set(alphabet) - set(letter)), hidden, strict=True))
     vocabulary = json.loads(trained(700))["model"]["vocab"]
     names = sorted((name for name in vocabulary if name not in (*SPECIAL, THINK)), key=vocabulary.get)
-    return [bytes(letter[character] for character in name) for name in names]
+    return [*(bytes(letter[character] for character in name) for name in names), WHOLE.encode()]
 
 
 def write(directory):
@@ -53,7 +56,7 @@ def test_ids_are_those_of_the_rule(tmp_path):
     ranks, text = read_ranks(tmp_path / emu3_5.TIKTOKEN), emu3_5.text(tmp_path)
     words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(emu3_5.PATTERN), "isolated")
     assert len(ranks) > 600
-    for said in (*SAMPLE, "aaaaaaa ababab banana", "l'été, we'll  see\n\n  1234"):
+    for said in (*SAMPLE, "aaaaaaa ababab banana", f"{WHOLE} {WHOLE}\n{WHOLE}", "l'été, we'll  see\n\n  1234"):
         composed = tokenizers.normalizers.NFC().normalize_str(said)
         expected = [token for word, _ in words.pre_tokenize_str(composed) for token in slowly(ranks, word.encode())]
         assert text.ids[text.encode(said)].tolist() == expected
