@@ -195,25 +195,23 @@ class Prompts:
         return self.grammar.conversation([spans[0] + spans[1], *spans[2:]] if turns[0].role == "system" else spans)
 
     def _chat_ids(self, turns: Sequence[Turn]) -> Int[np.ndarray, " tokens"]:
-        grammar, renderer = self.grammar, self._renderer
-        pieces = renderer.pieces([Message(turn.role, turn.parts) for turn in turns])
+        grammar, tokenizer = self.grammar, self.processor.tokenizer("text")
+        pieces = self._renderer.pieces([Message(turn.role, turn.parts) for turn in turns])
         spans = [span for turn in turns for span in turn.spans]
-        media = {name: [span for span in spans if span.modality == name] for name in grammar.modalities[1:]}
-        for name, given in media.items():
-            if (shown := pieces.count(Place(name))) != len(given):
-                raise OmniError(f"the chat template has a place for {shown} {name}, and the messages hold {len(given)}")
-        between: list[Int[np.ndarray, " tokens"]] = []  # control tokens and parts, between which there is text
-        text: list[str | int] = []
-        for piece in pieces:
-            if not isinstance(piece, str):
-                own = isinstance(piece, Place)
-                between.append(grammar.span_ids(media[piece.modality].pop(0)) if own else np.array([piece], np.int32))
-            text.append(piece if isinstance(piece, str) else int(between[-1][0]))
-        first, *rest = (
-            grammar.span_ids(Span("text", codes)) for codes in self.processor.tokenizer("text").encode_between(text)
-        )
-        pairs = zip(between, rest, strict=True)
-        return np.concatenate([first, *(ids for pair in pairs for ids in pair)])
+        given = {name: [span for span in spans if span.modality == name] for name in grammar.modalities[1:]}
+        for name, parts in given.items():
+            if (places := pieces.count(Place(name))) != len(parts):
+                raise OmniError(f"the messages hold {name} {len(parts)} times, and the chat template shows {places}")
+        following = {name: iter(parts) for name, parts in given.items()}
+        between = [  # control tokens and parts, which text stands around
+            np.array([piece], np.int32) if isinstance(piece, int) else grammar.span_ids(next(following[piece.modality]))
+            for piece in pieces
+            if not isinstance(piece, str)
+        ]
+        openings = (int(ids[0]) for ids in between)
+        stretches = tokenizer.encode_between([each if isinstance(each, str) else next(openings) for each in pieces])
+        first, *rest = (grammar.span_ids(Span("text", codes)) for codes in stretches)
+        return np.concatenate([first, *(ids for pair in zip(between, rest, strict=True) for ids in pair)])
 
     @functools.cached_property
     def _renderer(self) -> ChatRenderer:

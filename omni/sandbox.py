@@ -34,7 +34,7 @@ class _Refusal(TemplateError):
 class _Rounds(Extension):
     """Looks at the clock where a template goes round; reads `{% generation %}`, which marks what a model has said."""
 
-    tags = {"generation"}
+    tags = frozenset(["generation"])
 
     def parse(self, parser: Parser) -> nodes.Node:
         """A block that is put out as it is."""

@@ -1,5 +1,6 @@
 """Chats as a public model's own template writes them: its ids, control tokens from the template alone, files."""
 
+import dataclasses
 import json
 
 import jinja2.sandbox
@@ -8,18 +9,21 @@ import pytest
 from chat_templates import (
     BARE,
     CHATML,
+    ENTRIES,
     IDS,
     LLAMA,
     PLAIN,
     SPECIAL,
     TEMPLATES,
-    THINK,
     TOKENS,
     chat_tokenizer,
+    write_chameleon,
+    write_emu3,
     write_llama,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from text_json import THINK
 
 import omni
 import tokenizers
@@ -126,7 +130,7 @@ def test_what_users_type_marks_no_speaker(models):
 def test_a_name_that_the_template_puts_together_is_refused(plain_model):
     """It cannot be told from a typed one; it is not silently written in letters."""
     source = "{% for message in messages %}{{ '<|im_' + 'start' ~ '|>' + message.content }}{% endfor %}"
-    with pytest.raises(OmniError, match="becomes the piece '<|im_start|>'"):
+    with pytest.raises(OmniError, match=r"becomes the piece '<\|im_start\|>'"):
         ids_of(with_template(plain_model, source), chat_of(["a"]))
 
 
@@ -248,7 +252,7 @@ def test_replies_end_as_the_template_closes_them(tmp_path, template, end):
 def test_a_template_needs_a_tokenizer_of_its_kind(tiny_model):
     """Of a model with another text tokenizer it is told when messages are prompted."""
     model = with_template(tiny_model, LLAMA)
-    with pytest.raises(OmniError, match="needs a text tokenizer that is a tokenizer.json"):
+    with pytest.raises(OmniError, match="needs a text tokenizer that is"):
         model.generate(chat_of(["a"]))
 
 
@@ -299,6 +303,80 @@ def test_servers_and_streams_read_chats_by_the_template(llama):
         np.testing.assert_array_equal(reply.ids, expected)
     *_, last = llama.stream(chat_of(["hello"]), ["text"], seed=1, **SETTINGS)
     np.testing.assert_array_equal(last.reply.ids, alone[0])
+
+
+# Pictures
+
+PICTURE = np.full((8, 8, 3), 90, np.uint8)
+SEEN = [{"role": "user", "content": ["What is ", PICTURE, "?"]}]
+
+
+@pytest.fixture(scope="module")
+def chameleon(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("chameleon")
+    names = write_chameleon(directory, BARE)
+    return omni.load(directory), names
+
+
+def rewritten(model, source):
+    """The same model with another template of the same tokens."""
+    template = dataclasses.replace(model.chat_template, source=source)
+    pieces = model.transformer, model.vocabulary, model.grammar, model.tokenizers
+    return omni.Model(*pieces, context_length=160, chat_template=template)
+
+
+@pytest.mark.parametrize("source", [BARE, ENTRIES])
+def test_pictures_stand_where_the_template_puts_them(chameleon, source):
+    """In what is said, or where it goes through entries by type, at its placeholder; a Chameleon's prompt begins with
+    bos and ends with its separator, as its processor writes it."""
+    names, model = chameleon[1], rewritten(chameleon[0], source)
+    picture = model.grammar.span_ids(model.processor.spans([[omni.Image(PICTURE)]])[0][0]).tolist()
+    ids = ids_of(model, SEEN)
+    place = ids.index(names["<racm3:break>"])
+    before, behind = ids[:place], ids[place + len(picture) :]
+    assert ids[place : place + len(picture)] == picture and len(picture) == 18
+    codes = [model.vocabulary.to_codes("text", np.array(each)) for each in (before[1:], behind[:-1])]
+    shown = [model.tokenizers["text"].decode(each) for each in codes]
+    assert shown == (["What is ", "?"] if source == BARE else ["USER: ", "\nWhat is  ? ASSISTANT:"])
+    assert before[0] == 1 and behind[-1] == names["<reserved08706>"] == model.grammar.control["turn"]
+    if source == BARE:
+        assert model.generate(SEEN, ["text"], seed=0, max_tokens=4, temperature=1.0).well_formed
+
+
+def test_a_part_that_the_template_has_no_place_for_is_refused(chameleon):
+    """By its name, and so are places without parts; a name of the placeholder that is typed is none."""
+    model, typed = chameleon[0], "<image><racm3:break>IMGIMGAZ"
+    for source, times in ((ENTRIES.replace("<image>", ""), "image 1 times.*shows 0"), (BARE + "<image>", "shows 2")):
+        with pytest.raises(OmniError, match=times):
+            ids_of(rewritten(model, source), SEEN)
+    codes = model.vocabulary.to_codes("text", np.array(ids_of(model, chat_of([typed]))[1:-1]))
+    assert (codes >= 0).all() and model.tokenizers["text"].decode(codes) == typed
+
+
+def test_guidance_by_media_leaves_the_texts_out(chameleon):
+    """The prompt of pictures alone is the template's of them alone."""
+    model = chameleon[0]
+    prepared = model.prepare([Request(SEEN, ["image"], guidance=3.0, media_guidance=1.2)])[0]
+    found = {tuple(shadow.ids.tolist()) for shadow in prepared.shadows}
+    said = ([PICTURE], "")
+    assert found == {tuple(ids_of(model, [{"role": "user", "content": content}])) for content in said}
+
+
+def test_emu3_reads_chats(tmp_path):
+    """bos, which its processor puts before what the template writes; pictures of a size in plain text."""
+    names = write_emu3(tmp_path, ENTRIES)
+    model = omni.load(tmp_path)
+    ids = ids_of(model, SEEN)
+    assert ids[0] == 1 and ids.count(1) == 1 and ids.count(names["<|image start|>"]) == 1
+    assert model.grammar.annotate_chat(np.array(ids))[-1] == model.grammar.tables.after_turn
+
+
+def test_what_a_template_leaves_open_is_no_prompt(models):
+    """A picture must be whole, and between parts anything may stand; a reply follows."""
+    grammar = models["llama"].grammar
+    assert grammar.annotate_chat(np.array([2, 405, 67, 1]))[-1] == grammar.tables.after_turn
+    with pytest.raises(OmniError, match="outside"):
+        grammar.annotate_chat(np.array([1, 10_000]))
 
 
 # Text tokenizers of other kinds

@@ -18,7 +18,7 @@ from omni_tokenizers.errors import OmniError
 MODEL = "text.json"
 LARGEST = 1 << 27  # bytes of a tokenizer.json, most of them merges
 BREAK = "\U0010fffd"
-"""Breaks in a prompt what only looks like a token's name (`Names.broken`); it is taken out before text becomes pieces."""
+"""Breaks in a prompt what only looks like a token's name (`Names.broken`); it is gone before text becomes pieces."""
 _MOST_PIECES = 1 << 24
 
 
@@ -143,10 +143,8 @@ class JsonTextTokenizer(Tokenizer):
         Raises:
             OmniError: an id that is none of these, and text that becomes one, or what else is no text.
         """
-        names, wanted = (
-            {id: name for name, id in self.control.items()},
-            [id for id in pieces if not isinstance(id, str)],
-        )
+        names = {id: name for name, id in self.control.items()}
+        wanted = [piece for piece in pieces if not isinstance(piece, str)]
         if unknown := set(wanted) - set(names):
             raise OmniError(f"tokenizer.json has no control token of id {min(unknown)}, which the prompt needs")
         text = "".join(piece if isinstance(piece, str) else names[piece] for piece in pieces)
