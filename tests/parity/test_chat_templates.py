@@ -100,7 +100,7 @@ def test_pictures_are_placed_as_their_processors_do(tmp_path, kind):
     holes = {names["<image>"], names.get("<|extra_200|>"), *model.vocabulary.block("image").tolist()}
     texts = [{"type": "text", "text": text} for text in ("What is\n", "this?")]
     image = {"type": "image", "image": picture}
-    for content in ([texts[0], image, texts[1]], texts, [image, image]):
+    for content in ([texts[0], image, texts[1], image], texts):
         messages = [{"role": "user", "content": content}]
         for before in ("", "{{ bos_token }}")[: 2 if kind == "Chameleon" else 1]:
             source = before + TEMPLATES["entries"]
