@@ -75,7 +75,7 @@ class ChatTemplate:
             source = _default(read_object(older, LARGEST).get("chat_template"), older)
         else:
             return None
-        return source and cls(source, known if settings is None else _names(settings), frame)
+        return None if source is None else cls(source, known if settings is None else _names(settings), frame)
 
     @classmethod
     def load(cls, directory: epath.Path) -> ChatTemplate | None:
@@ -127,9 +127,9 @@ class ChatRenderer:
         """
         self._tokens, self._frame, self._control = template.tokens, template.frame, tokenizer.control
         places = {self._tokens.get(f"{each}_token", f"<{each}>"): Place(each) for each in modalities}
-        self._known: dict[str, int | Place] = {**tokenizer.control, **places}
+        self._known: dict[str, int | Place] = {**tokenizer.control, **places}  # what each name means
         self._names, self._signs = Names(self._known), {}
-        self._meant: dict[str, int | Place] = {}
+        self._meant: dict[str, int | Place] = {}  # what each sign does
         self._place = {place.modality: self._sign(name) for name, place in places.items()}
         self._written: set[str] = set()
         added = Names([name for name in tokenizer.added if not name.isspace()])
@@ -199,9 +199,9 @@ class ChatRenderer:
         texts = [part.text for part in message.parts if isinstance(part, Text)]
         if max("".join(texts), default="") >= FIRST_SIGN:
             raise UsageError(f"a text has a sign from U+{ord(FIRST_SIGN):X} on, which no chat may have; take it out")
-        broken, typed = iter(self._typed[message.role].broken(texts)), len(texts) < len(message.parts)
+        broken, mixed = iter(self._typed[message.role].broken(texts)), len(texts) < len(message.parts)
         parts = [(part.modality, next(broken) if isinstance(part, Text) else "") for part in message.parts]
-        if self._shows_entries and (typed or not self._shows_strings):
+        if self._shows_entries and (mixed or not self._shows_strings):
             return [{"type": kind} | ({"text": text} if kind == "text" else {}) for kind, text in parts]
         return "".join(text if kind == "text" else self._place[kind] for kind, text in parts)
 
@@ -235,7 +235,7 @@ def _read(path: epath.Path) -> str:
 def _default(found: Any, path: epath.Path) -> str | None:
     """The template under a key "chat_template": a string, or of several by name the default."""
     if isinstance(found, list) and all(isinstance(each, dict) for each in found):
-        found = {each.get("name"): each.get("template") for each in found}.get("default")
+        found = next((each.get("template") for each in found if each.get("name") == "default"), None)
         if found is None:
             log.warning("%s: none of its chat templates is called default, so none is used", path)
             return None

@@ -183,7 +183,7 @@ def default_of(source):
         ({"tokenizer_config.json": TOKENS}, None),
         ({"tokenizer_config.json": TOKENS | {"chat_template": CHATML}}, CHATML),
         ({"tokenizer_config.json": {"chat_template": default_of(CHATML)}}, CHATML),
-        ({"tokenizer_config.json": {"chat_template": [{"name": "tool_use", "template": "x"}]}}, None),
+        ({"tokenizer_config.json": {"chat_template": [{"name": ["a"], "template": "x"}]}}, None),
         ({"chat_template.json": {"chat_template": CHATML}}, CHATML),
         ({"tokenizer_config.json": {"chat_template": CHATML}, "chat_template.json": {"chat_template": "x"}}, CHATML),
         ({"tokenizer_config.json": {"chat_template": "x"}, "chat_template.jinja": LLAMA}, LLAMA),
