@@ -68,7 +68,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Rounds, "jinja2.ext.loopcontrols"])
         self.deadline = 0.0
         self.filters["tojson"] = _tojson
-        self.globals |= {"raise_exception": _refuse, "strftime_now": _now, "dict": _dict, "namespace": _Namespace}
+        self.globals |= {"raise_exception": _refuse, "strftime_now": _now, "namespace": _Namespace}
         del self.globals["lipsum"]
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -136,10 +136,6 @@ class _Namespace(Namespace):
         if name.startswith("_"):
             raise TemplateError(f"a namespace has no {name!r}")
         super().__setitem__(name, value)
-
-
-def _dict(*args: Any, **kwargs: Any) -> dict:
-    return dict(*args, **kwargs)
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys=False) -> str:
