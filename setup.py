@@ -62,7 +62,7 @@ setup(
         "importlib_resources>=6,<8",
         "jax>=0.10.2,<0.13",
         "jaxtyping>=0.3,<0.4",
-        "jinja2>=3.1,<4",
+        "jinja2>=3.1.6,<4",
         "numpy>=2.0,<3",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",

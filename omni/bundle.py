@@ -1,6 +1,7 @@
 """A model with everything it needs, as one directory: the one place where all pieces meet.
 
 model.json  weights.safetensors  vocabulary.json  grammar.json  generation.json  tokenizers/{text,image,audio,video}/
+chat_template.jinja  chat_tokens.json
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 import omni_tokenizers
+from omni.chat_template import SOURCE, ChatTemplate
 from omni.generate import Engine, PreparedRequest
 from omni.grammar import Grammar, Tokens
 from omni.interop import export_checkpoint, is_public, load_checkpoint
@@ -47,6 +49,7 @@ class Model:
       transformer: the network.
       context_length: most tokens of prompt and reply together.
       generation: default sampling settings, name -> modality -> value.
+      chat_template: how it reads chats, None for turns of a document.
       weights_dtype, cache_dtype: what matrices, and keys and values, are held in while replies are generated (float32,
         bfloat16 or int8); None for the compute type.
     """
@@ -60,6 +63,7 @@ class Model:
         *,
         context_length: int,
         generation: Mapping[str, Mapping[str, float]] | None = None,
+        chat_template: ChatTemplate | None = None,
         mesh: Mesh | None = None,
         weights_dtype: str | None = None,
         cache_dtype: str | None = None,
@@ -75,7 +79,7 @@ class Model:
         self.processor = Processor(vocabulary, grammar, tokenizers)
         self.context_length, self.mesh = context_length, mesh
         self.weights_dtype, self.cache_dtype = weights_dtype, cache_dtype
-        self.generation = dict(generation or {})
+        self.generation, self.chat_template = dict(generation or {}), chat_template
         if unknown := set(self.generation) - set(SETTINGS):
             raise OmniError(f"generation.json: unknown setting {sorted(unknown)}; settings are {sorted(SETTINGS)}")
 
@@ -117,8 +121,9 @@ class Model:
         settings = directory / "generation.json"
         generation = _read_json(settings) if settings.exists() else None
         pieces = (transformer, vocabulary, grammar, tokenizers)
+        more = {"generation": generation, "chat_template": ChatTemplate.load(directory), "mesh": mesh}
         held = {"weights_dtype": weights_dtype, "cache_dtype": cache_dtype}
-        model = cls(*pieces, context_length=context_length, generation=generation, mesh=mesh, **held)
+        model = cls(*pieces, context_length=context_length, **more, **held)
         found = {"vocabulary": vocabulary.hash, "grammar": grammar.hash}
         for name, hash in (found | {name: each.hash for name, each in tokenizers.items()}).items():
             if belongs_to.get(name, hash) != hash:
@@ -132,6 +137,10 @@ class Model:
         _write_json(directory / "vocabulary.json", self.vocabulary.to_json())
         _write_json(directory / "grammar.json", self.grammar.to_json())
         _write_json(directory / "generation.json", self.generation)
+        if self.chat_template:
+            self.chat_template.save(directory)
+        else:
+            (directory / SOURCE).unlink(missing_ok=True)  # one of another model would be read as this one's
         belongs_to = {"vocabulary": self.vocabulary.hash, "grammar": self.grammar.hash}
         for modality, tokenizer in self.tokenizers.items():
             options = {} if modality == "text" else {"dtype": dtype}
@@ -217,7 +226,7 @@ class Model:
     @functools.cached_property
     def prompts(self) -> Prompts:
         """What makes prompts of requests."""
-        return Prompts(self.processor, self.context_length, self.generation)
+        return Prompts(self.processor, self.context_length, self.generation, self.chat_template)
 
     # The pieces
 

@@ -169,6 +169,25 @@ class Grammar:
         rest = self.follow(self.tables.start, ids[1:], first=1)
         return np.concatenate([[self.tables.start], rest]).astype(np.int32)
 
+    def annotate_chat(self, ids: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " tokens"]:
+        """The state after each id of a chat, in which tokens that no document has may stand between parts, such as
+        those that say who speaks; behind the last id a reply begins.
+
+        Raises:
+          GrammarError: no ids, or a part that is not whole.
+        """
+        tables, next_states, states = self.tables, self._next_states, []
+        state = tables.start
+        for index, symbol in enumerate(tables.class_of[self._checked(ids)].tolist()):
+            found, between = next_states[state][symbol], tables.top[state]
+            state = tables.start if between and found in (-1, tables.end) else found
+            if state < 0:
+                raise GrammarError(f"token {index} (id {int(ids[index])}) may not stand there")
+            states.append(state)
+        if not states or not tables.top[state]:
+            raise GrammarError("a chat has tokens, and its last part is whole")
+        return np.array([*states[:-1], tables.after_turn], np.int32)
+
     def follow(self, state: int | None, ids: Int[np.ndarray, " tokens"], first: int = 0) -> Int[np.ndarray, " tokens"]:
         """The state after each of some ids behind `state`, None for the beginning of a reply.
 

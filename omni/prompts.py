@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from omni.generate import PreparedRequest, guidance_shadows, is_whole, per_modality, wanted_modalities
+from omni.chat_template import ChatRenderer, ChatTemplate, Place
+from omni.generate import PreparedRequest, Shadow, guidance_shadows, is_whole, per_modality, wanted_modalities
 from omni.grammar import Span
 from omni.messages import Message, are_messages, read_messages
 from omni.parts import Part
@@ -18,6 +19,7 @@ from omni.processor import Processor
 from omni.reply import stop_place
 from omni.stopping import StopStrings
 from omni_tokenizers.errors import OmniError, UsageError
+from omni_tokenizers.text_json import JsonTextTokenizer
 
 Setting = float | Mapping[str, float]
 
@@ -68,13 +70,41 @@ class Request:
     samples: int = 1
 
 
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """What one side said.
+
+    Attributes:
+      role: who it was, as in `Message`; None of a prompt that is no chat.
+      parts: what it said, in order.
+      spans: the codes of each part.
+    """
+
+    role: str | None
+    parts: tuple[Part, ...]
+    spans: tuple[Span, ...]
+
+    @property
+    def without_text(self) -> Turn:
+        """Its pictures, sounds and videos alone."""
+        kept = [i for i, span in enumerate(self.spans) if span.modality != "text"]
+        return Turn(self.role, tuple(self.parts[i] for i in kept), tuple(self.spans[i] for i in kept))
+
+
 class Prompts:
     """Makes of requests what the engine takes."""
 
-    def __init__(self, processor: Processor, context_length: int, generation: Mapping[str, Mapping[str, float]]):
-        """Of a model with this context and these defaults, name of a setting -> modality -> value."""
+    def __init__(
+        self,
+        processor: Processor,
+        context_length: int,
+        generation: Mapping[str, Mapping[str, float]],
+        chat_template: ChatTemplate | None = None,
+    ):
+        """Of a model with this context and these defaults, name of a setting -> modality -> value, which reads chats as
+        the template writes them; without one, as turns of a document."""
         self.processor, self.grammar = processor, processor.grammar
-        self.context_length, self.generation = context_length, generation
+        self.context_length, self.generation, self.chat_template = context_length, generation, chat_template
 
     def prepare(self, requests: Sequence[Request]) -> list[PreparedRequest]:
         """Each request as many times as it asks for samples.
@@ -84,30 +114,25 @@ class Prompts:
           OmniError: for a prompt that the model cannot read.
         """
         prepared = []
-        for request, messages in zip(requests, self.spans(requests), strict=True):
-            each = self.of_spans(request, messages)
+        for request, turns in zip(requests, self.turns(requests), strict=True):
+            each = self.of_turns(request, turns)
             prepared += [dataclasses.replace(each, seed=each.seed + sample) for sample in range(request.samples)]
         return prepared
 
-    def spans(self, requests: Sequence[Request]) -> list[list[list[Span]]]:
-        """The codes of each message of each request; errors as of `prepare`."""
-        conversations = [self._messages(request.parts) for request in requests]
-        spans = iter(self.processor.spans([parts for messages in conversations for parts in messages]))
-        return [[next(spans) for _ in messages] for messages in conversations]
+    def turns(self, requests: Sequence[Request]) -> list[list[Turn]]:
+        """What each side says in each request; errors as of `prepare`."""
+        chats = [self._said(request.parts) for request in requests]
+        spans = iter(self.processor.spans([parts for chat in chats for _, parts in chat]))
+        return [[Turn(role, tuple(parts), tuple(next(spans))) for role, parts in chat] for chat in chats]
 
-    def _messages(self, prompt: Sequence) -> list[list[Part]]:
-        """The parts of each message of a prompt, those of a system message before the first user's; of a prompt that is
-        no chat, its parts as the only message."""
+    def _said(self, prompt: Sequence) -> list[tuple[str | None, Sequence[Part]]]:
+        """Who says what in a prompt."""
         if not are_messages(prompt):
-            return [[self.processor.part(part) for part in listed(prompt)]]
-        messages = read_messages(prompt, self.processor.part)
-        said = [list(message.parts) for message in messages]
-        return [said[0] + said[1], *said[2:]] if messages[0].role == "system" else said
+            return [(None, [self.processor.part(part) for part in listed(prompt)])]
+        return [(message.role, message.parts) for message in read_messages(prompt, self.processor.part)]
 
-    def of_spans(
-        self, request: Request, messages: Sequence[Sequence[Span]], room: int | None = None
-    ) -> PreparedRequest:
-        """A request whose prompt these messages are; errors as of `prepare`.
+    def of_turns(self, request: Request, turns: Sequence[Turn], room: int | None = None) -> PreparedRequest:
+        """A request whose prompt these turns are; errors as of `prepare`.
 
         Args:
           room: tokens of prompt and reply that there is room for, if less than the context; a reply whose length is not
@@ -120,11 +145,7 @@ class Prompts:
             raise UsageError(f"stop_tokens is a list of ids, not {request.stop_tokens!r}")
         stop, stop_tokens = StopStrings(request.stop or ()), tuple(request.stop_tokens or ())
         settings = {name: self._setting(request, name, neutral) for name, neutral in _NEUTRAL.items()}
-        guidance = settings["guidance"]
-        without_text = [[span for span in message if span.modality != "text"] for message in messages]
-        if not any(without_text):
-            without_text = [[]]
-        ids, media, nothing = (grammar.conversation(each) for each in (messages, without_text, [[]]))
+        ids = self._ids(turns)
         want = wanted_modalities(grammar, request.want)
         return PreparedRequest(
             ids=ids,
@@ -140,8 +161,64 @@ class Prompts:
             log_probabilities=request.log_probabilities,
             stop_tokens=stop_tokens,
             stop=functools.partial(stop_place, self.processor, stop) if stop.strings else None,
-            shadows=guidance_shadows(ids, media, nothing, guidance, self._setting(request, "media_guidance", guidance)),
+            shadows=self._shadows(request, turns, ids, settings["guidance"]),
+            is_chat=self._is_chat(turns),
         )
+
+    def _shadows(
+        self,
+        request: Request,
+        turns: Sequence[Turn],
+        ids: Int[np.ndarray, " tokens"],
+        guidance: Float[np.ndarray, " modalities"],
+    ) -> tuple[Shadow, ...]:
+        media_guidance = self._setting(request, "media_guidance", guidance)
+        if (guidance == 1).all() and (media_guidance == 1).all():
+            return ()
+        without_text = [turn.without_text for turn in turns]
+        empty = [Turn("user" if self._is_chat(turns) else None, (), ())]
+        media = without_text if any(turn.spans for turn in without_text) else empty
+        return guidance_shadows(ids, self._ids(media), self._ids(empty), guidance, media_guidance)
+
+    # Ids
+
+    def _is_chat(self, turns: Sequence[Turn]) -> bool:
+        """Whether the model's template writes these."""
+        return self.chat_template is not None and turns[0].role is not None
+
+    def _ids(self, turns: Sequence[Turn]) -> Int[np.ndarray, " tokens"]:
+        """The prompt: a chat by the template, if there is one, else a document in turns, in which what the system says
+        stands before what the first user does."""
+        if self._is_chat(turns):
+            return self._chat_ids(turns)
+        spans = [turn.spans for turn in turns]
+        return self.grammar.conversation([spans[0] + spans[1], *spans[2:]] if turns[0].role == "system" else spans)
+
+    def _chat_ids(self, turns: Sequence[Turn]) -> Int[np.ndarray, " tokens"]:
+        grammar, tokenizer = self.grammar, self.processor.tokenizer("text")
+        pieces = self._renderer.pieces([Message(turn.role, turn.parts) for turn in turns])
+        spans = [span for turn in turns for span in turn.spans]
+        given = {name: [span for span in spans if span.modality == name] for name in grammar.modalities[1:]}
+        for name, parts in given.items():
+            if (places := pieces.count(Place(name))) != len(parts):
+                raise OmniError(f"the messages hold {name} {len(parts)} times, and the chat template shows {places}")
+        following = {name: iter(parts) for name, parts in given.items()}
+        between = [  # control tokens and parts, which text stands around
+            np.array([piece], np.int32) if isinstance(piece, int) else grammar.span_ids(next(following[piece.modality]))
+            for piece in pieces
+            if not isinstance(piece, str)
+        ]
+        openings = (int(ids[0]) for ids in between)
+        stretches = tokenizer.encode_between([each if isinstance(each, str) else next(openings) for each in pieces])
+        first, *rest = (grammar.span_ids(Span("text", codes)) for codes in stretches)
+        return np.concatenate([first, *(ids for pair in zip(between, rest, strict=True) for ids in pair)])
+
+    @functools.cached_property
+    def _renderer(self) -> ChatRenderer:
+        tokenizer = self.processor.tokenizer("text")
+        if not isinstance(tokenizer, JsonTextTokenizer):
+            raise OmniError("a chat template needs a text tokenizer that is a tokenizer.json, and this model has none")
+        return ChatRenderer(self.chat_template, tokenizer, self.grammar.modalities[1:])
 
     def _setting(
         self, request: Request, name: str, default: float | Float[np.ndarray, " modalities"]

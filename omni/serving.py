@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from omni.generate import Progress
-from omni.grammar import Span
 from omni.messages import Message, read_messages
 from omni.parts import Part
-from omni.prompts import Request
+from omni.prompts import Request, Turn
 from omni.reply import Reply
 from omni.stopping import StopStrings
 from omni.streaming import Event, EventStream
@@ -53,11 +52,11 @@ class Server:
         and sounds are compiled with the first of them."""
         self._slots.warm_up(self._model.prepare(requests))
 
-    def add(self, request: Request, messages: Sequence[Sequence[Span]] | None = None, **pieces) -> int:
+    def add(self, request: Request, turns: Sequence[Turn] | None = None, **pieces) -> int:
         """Lines a request up; returns the number under which its events come.
 
         Args:
-          messages: the codes of its prompt, where they are known already.
+          turns: what its prompt says, where its codes are known already.
           pieces: `picture_rows` and `sound_seconds`, as of `Model.stream`.
 
         Raises:
@@ -67,8 +66,8 @@ class Server:
             raise UsageError("a request to a server gives one reply; add it several times, with other seeds")
         processor, prompts = self._model.processor, self._model.prompts
         stream = EventStream(processor, StopStrings(request.stop or ()), **pieces)
-        messages = prompts.spans([request])[0] if messages is None else messages
-        prepared = prompts.of_spans(request, messages, self._slots.capacity)
+        turns = prompts.turns([request])[0] if turns is None else turns
+        prepared = prompts.of_turns(request, turns, self._slots.capacity)
         for modality in [*(request.want or ()), *(["text"] if request.stop else [])]:
             processor.tokenizer(modality)  # that it is missing is said now
         number = self._slots.add(prepared)
@@ -124,9 +123,9 @@ class Chat:
           capacity: most tokens of all of it, by default the model's context.
         """
         self._model, self._server = model, Server(model, 1, capacity=capacity)
-        self._system = self._parts(system)
-        self.messages: list[Message] = [Message("system", self._system)] if self._system else []
-        self._spans: list[list[Span]] = []  # of the messages, as the model has read and written them
+        said = self._parts(system)
+        self.messages: list[Message] = [Message("system", said)] if said else []
+        self._turns: list[Turn] = []  # the messages, with codes as the model has read and written them
         self._answering: int | None = None
 
     def send(self, content: Content, want: Sequence[str] | None = None, **settings) -> Reply:
@@ -146,18 +145,19 @@ class Chat:
         that a stop string has ended, the model remembers that string, too."""
         pieces = {name: settings.pop(name) for name in ("picture_rows", "sound_seconds") if name in settings}
         said = self._parts(content)
-        request = Request([*(() if self._spans else self._system), *said], want, **settings)
-        messages = [*self._spans, *self._model.prompts.spans([request])[0]]
-        number = self._server.add(request, messages, **pieces)
+        new = [*(() if self._turns else self.messages), Message("user", said)]
+        request = Request(new, want, **settings)
+        turns = [*self._turns, *self._model.prompts.turns([request])[0]]
+        number = self._server.add(request, turns, **pieces)
         if self._answering is not None:  # a stream that was left
             self._server.cancel(self._answering)
         self._answering = number
-        return self._events(number, said, messages)
+        return self._events(number, said, turns)
 
     def _parts(self, content: Content) -> tuple[Part, ...]:
         return read_messages([{"role": "user", "content": content}], self._model.processor.part)[0].parts
 
-    def _events(self, number: int, said: tuple[Part, ...], messages: list[list[Span]]) -> Iterator[Event]:
+    def _events(self, number: int, said: tuple[Part, ...], turns: list[Turn]) -> Iterator[Event]:
         events: deque[tuple[int, Event]] = deque()
         while self._answering == number:
             if not events:
@@ -171,6 +171,7 @@ class Chat:
             if event.kind == "error":
                 raise OmniError(event.text)
             if event.kind == "end" and event.reply.well_formed:
-                self._spans = [*messages, event.reply.spans]
-                self.messages += [Message("user", said), Message("assistant", tuple(event.reply.parts))]
+                parts = tuple(event.reply.parts)
+                self._turns = [*turns, Turn("assistant", parts, tuple(event.reply.spans))]
+                self.messages += [Message("user", said), Message("assistant", parts)]
             yield event

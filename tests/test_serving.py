@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import omni
-from omni.prompts import Request
+from omni.prompts import Request, Turn
 from omni_tokenizers.errors import OmniError, UsageError
 
 PICTURE = np.full((8, 8, 3), 90, np.uint8)
@@ -69,9 +69,10 @@ def test_a_chat_is_what_its_messages_are(tiny_model):
     np.testing.assert_array_equal(first.ids, tiny_model.generate(said, want=["text", "image"], seed=1, **settings).ids)
     grammar, prompts = tiny_model.grammar, tiny_model.prompts
     opening, question = (
-        prompts.spans([Request(parts)])[0][0] for parts in (["be brief", "seven", PICTURE], ["say it"])
+        prompts.turns([Request(parts)])[0][0] for parts in (["be brief", "seven", PICTURE], ["say it"])
     )
-    whole = prompts.of_spans(Request([], ["text"], seed=2, **settings), [opening, first.spans, question])
+    said = Turn(None, tuple(first.parts), tuple(first.spans))
+    whole = prompts.of_turns(Request([], ["text"], seed=2, **settings), [opening, said, question])
     np.testing.assert_array_equal(second.ids, tiny_model.engine.generate([whole])[0].ids)
     turns = [place for place, token in enumerate(whole.ids) if token == grammar.control["turn"]]
     assert len(turns) == 3 and turns[-1] == len(whole.ids) - 1

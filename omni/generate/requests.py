@@ -37,7 +37,7 @@ class PreparedRequest:
     """A prompt as ids, and how to answer it.
 
     Attributes:
-      ids: the prompt, `bos, parts, turn`.
+      ids: the prompt, `bos, parts, turn`, or a chat as a model's template writes it.
       max_tokens: most tokens of the reply, eos included.
       temperature: by modality; 0 takes the likeliest token.
       top_k: by modality; only the k likeliest tokens, 0 for all.
@@ -53,6 +53,7 @@ class PreparedRequest:
       stop_tokens: ids that end the reply where they come, unless a span is open: that is finished first.
       stop: where a reply that has these ids ends, as the number of those that it keeps, or None where it goes on. What
         it keeps must parse, and whether more ids follow may change nothing.
+      is_chat: whether the prompt, and those of its shadows, are a template's (`Grammar.annotate_chat`).
     """
 
     ids: Int[np.ndarray, " tokens"]
@@ -69,6 +70,7 @@ class PreparedRequest:
     log_probabilities: bool = False
     stop_tokens: tuple[int, ...] = ()
     stop: Callable[[Int[np.ndarray, " tokens"]], int | None] | None = None
+    is_chat: bool = False
 
     @property
     def longest_prompt(self) -> int:

@@ -175,7 +175,7 @@ class Slots:
             )
         prompts = []
         for ids in (request.ids, *(shadow.ids for shadow in shadows)):
-            states = grammar.annotate(ids)
+            states = grammar.annotate_chat(ids) if request.is_chat else grammar.annotate(ids)
             prompts.append(_Prompt(np.asarray(ids, np.int32), grammar.positions(states, np.arange(len(ids))), states))
         self._waiting.append(_Occupant(self._added, request, prompts))
         self._added += 1

@@ -18,6 +18,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 import omni_tokenizers
+from omni.chat_template import SOURCE, ChatRenderer, ChatTemplate
 from omni.grammar import Grammar
 from omni.interop import anygpt, chameleon, emu3, emu3_5, llama, qwen3
 from omni.interop import chameleon_original as release
@@ -53,6 +54,7 @@ class Pieces:
     tokenizers: Mapping[str, omni_tokenizers.Tokenizer]
     context_length: int
     generation: Mapping[str, Mapping[str, float]] | None
+    chat_template: ChatTemplate | None = None
 
 
 def holds_model(path: epath.PathLike) -> bool:
@@ -115,7 +117,10 @@ def load_checkpoint(
     tensors, settings_file = open_directory(directory), directory / "generation.json"
     places = places_in(tensors, config, family)
     try:
-        preset = _preset(directory, family, settings, config)
+        text = family.text(directory, None)
+        template = ChatTemplate.of_checkpoint(directory, family.frame, _token_names(family.section(settings), text))
+        _end_as_closed(family.section(settings), template, text)
+        preset = _preset(directory, family, settings, config, text)
         grammar = Grammar(dict(preset.declaration), preset.vocabulary)
     except OmniError as error:
         raise OmniError(str(error) if str(error).startswith(str(directory)) else f"{directory}: {error}") from None
@@ -126,6 +131,7 @@ def load_checkpoint(
         _tokenizers(directory, family, preset, any(name.startswith(family.others) for name in tensors)),
         context,
         read_object(settings_file) if settings_file.exists() else preset.generation,
+        template,
     )
 
 
@@ -182,12 +188,40 @@ def _added_tokens(directory: epath.Path) -> dict[str, int]:
     return dict(pairs)
 
 
-def _preset(directory: epath.Path, family: Family, settings: Settings, config: TransformerConfig) -> Preset:
+def _token_names(section: Settings, text: JsonTextTokenizer | None) -> dict[str, str]:
+    """Names of the tokens that config.json has ids of."""
+    names = {} if text is None else {id: name for name, id in text.control.items()}
+    ids = {f"{role}_token": section.values.get(f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    return {role: names[id] for role, id in ids.items() if isinstance(id, int) and id in names}
+
+
+def _end_as_closed(section: Settings, template: ChatTemplate | None, text: JsonTextTokenizer | None) -> None:
+    """Of several ends, puts that first with which the chat template closes what an assistant says: the model was taught
+    to end its replies so, and the first ends them here. A template that does not tell leaves them as they are."""
+    ends = section.values.get("eos_token_id")
+    if template is None or text is None or not isinstance(ends, list):
+        return
+    try:
+        closing = ChatRenderer(template, text).closing(ends)
+    except OmniError as error:
+        log.warning("%s: which of several eos_token_id closes a message is not known: %s", section.source, error)
+        return
+    if closing is not None:
+        section.values["eos_token_id"] = [closing, *(end for end in ends if end != closing)]
+
+
+def _preset(
+    directory: epath.Path,
+    family: Family,
+    settings: Settings,
+    config: TransformerConfig,
+    text: JsonTextTokenizer | None,
+) -> Preset:
     """The family's vocabulary and grammar, or this package's own where they lie there, as an export leaves them."""
     own = {name: directory / f"{name}.json" for name in ("vocabulary", "grammar")}
     found = {name: read_object(path, LARGEST_CHECKPOINT_CONFIG) for name, path in own.items() if path.exists()}
     if "vocabulary" not in found:
-        preset = family.preset(settings, config, family.text(directory, None))
+        preset = family.preset(settings, config, text)
         return Preset(preset.vocabulary, found["grammar"]) if "grammar" in found else preset
     if "grammar" not in found:
         raise OmniError(
@@ -241,6 +275,10 @@ def export_checkpoint(model: Model, directory: epath.PathLike, dtype: str = "flo
             tokenizer.write_original(directory)
         elif modality not in family.carries(model):
             tokenizer.save(directory / "tokenizers" / modality)
+    if model.chat_template:
+        model.chat_template.export(directory)
+    else:
+        (directory / SOURCE).unlink(missing_ok=True)  # one of another model would be read as this one's
 
 
 def _family_like(model: Model) -> Family:

@@ -176,4 +176,5 @@ FAMILY = Family(
     tokenizers=tokenizers,
     more_tensors=more_tensors,
     carries=lambda model: () if model.tokenizers["image"].config.has_decoder else ("image",),
+    frame=("bos_token", "sep_token"),
 )

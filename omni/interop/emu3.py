@@ -204,4 +204,5 @@ FAMILY = Family(
     more_tensors=more_tensors,
     carries=lambda model: ("image",),
     section=section,
+    frame=("bos_token", ""),
 )

@@ -95,6 +95,8 @@ class Family:
     """Modalities whose tokenizers such an export holds whole."""
     section: Callable[[Settings], Settings] = lambda settings: settings
     """The part of a config.json that is about the transformer."""
+    frame: tuple[str, str] = ("", "")
+    """Tokens that transformers' processor puts around what a chat template has written (`ChatTemplate.frame`)."""
 
 
 # Names of tensors
@@ -281,7 +283,7 @@ def control_ids(settings: Settings, published: int) -> dict[str, int]:
                 raise OmniError(f"{settings.source}: {role}_token_id = {value!r} is no id below {published}")
             ids[role if number == 1 else f"{role} {number}"] = value
         if role == "eos" and len(values) > 1:
-            log.warning("%s: of several eos_token_id the first, %s, ends replies here", settings.source, ids["eos"])
+            log.warning("%s: of several eos_token_id one, %s, ends replies here", settings.source, ids["eos"])
     return ids
 
 

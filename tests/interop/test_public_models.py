@@ -375,7 +375,7 @@ def test_of_several_ends_the_first_counts(tmp_path, caplog):
     values = stored.config | {"eos_token_id": [1, 5, 7]}
     dataclasses.replace(stored, config=values).write(tmp_path / "model")
     model = omni.load(tmp_path / "model")
-    assert "of several eos_token_id the first, 1, ends replies" in caplog.text
+    assert "of several eos_token_id one, 1, ends replies" in caplog.text
     assert model.grammar.control["eos"] == 1 and not {1, 5, 7} & set(model.vocabulary.block("text").tolist())
     model.export(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == [1, 5, 7]
