@@ -14,7 +14,7 @@ from omni.generate import PreparedRequest, guidance_shadows, is_whole, per_modal
 from omni.grammar import Span
 from omni.messages import Message, are_messages, read_messages
 from omni.parts import Part
-from omni.processor import Processor
+from omni.processor import Processor, given
 from omni.reply import stop_place
 from omni.stopping import StopStrings
 from omni_tokenizers.errors import OmniError, UsageError
@@ -92,7 +92,8 @@ class Prompts:
     def spans(self, requests: Sequence[Request]) -> list[list[list[Span]]]:
         """The codes of each message of each request; errors as of `prepare`."""
         conversations = [self._messages(request.parts) for request in requests]
-        spans = iter(self.processor.spans([parts for messages in conversations for parts in messages]))
+        said = [given(parts) for messages in conversations for parts in messages]
+        spans = iter(self.processor.spans(said))
         return [[next(spans) for _ in messages] for messages in conversations]
 
     def _messages(self, prompt: Sequence) -> list[list[Part]]:

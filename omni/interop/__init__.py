@@ -22,6 +22,7 @@ from omni.grammar import Grammar
 from omni.interop import anygpt, chameleon, emu3, emu3_5, llama, qwen3
 from omni.interop import chameleon_original as release
 from omni.interop.family import ADDED_TOKENS, TOKENIZER, Family, Place, Preset
+from omni.interop.pictures import PREPROCESSOR, with_file
 from omni.interop.weights import NamedTensors, places_in, read_transformer, their_shapes, their_tensors
 from omni.model import Transformer, TransformerConfig
 from omni.vocabulary import LARGEST, Vocabulary
@@ -188,7 +189,9 @@ def _preset(directory: epath.Path, family: Family, settings: Settings, config: T
     found = {name: read_object(path, LARGEST_CHECKPOINT_CONFIG) for name, path in own.items() if path.exists()}
     if "vocabulary" not in found:
         preset = family.preset(settings, config, family.text(directory, None))
-        return Preset(preset.vocabulary, found["grammar"]) if "grammar" in found else preset
+        if "grammar" in found:
+            return Preset(preset.vocabulary, found["grammar"])
+        return dataclasses.replace(preset, declaration=with_file(preset.declaration, directory))
     if "grammar" not in found:
         raise OmniError(
             f"{own['grammar']}: no such file, without which {own['vocabulary'].name} says too little; add it"
@@ -236,6 +239,9 @@ def export_checkpoint(model: Model, directory: epath.PathLike, dtype: str = "flo
     _write_json(directory / "grammar.json", model.grammar.to_json())
     if model.generation:
         _write_json(directory / "generation.json", model.generation)
+    if (processor := model.processor.image_processor) is not None and family.image_processor_type is not None:
+        values = {"image_processor_type": family.image_processor_type} | processor.to_json()
+        _write_json(directory / PREPROCESSOR, values)
     for modality, tokenizer in model.tokenizers.items():
         if isinstance(tokenizer, JsonTextTokenizer):
             tokenizer.write_original(directory)

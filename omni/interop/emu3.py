@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
+from PIL.Image import Resampling
 
 import omni_tokenizers
+from omni.image_processor import ImageProcessor
 from omni.interop.family import (
     Family,
     Place,
@@ -62,6 +64,15 @@ ROLES = {
 """Names in the vocabulary of what a picture is written with."""
 AREAS, RATIOS = (720 * 720, 512 * 512), ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
 """Pixels of pictures, and width to height; the first area is the one that Emu3 draws."""
+SCALING = {
+    "resample": int(Resampling.BICUBIC),
+    "rescale_factor": 1 / 255,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+    "min_pixels": 512 * 512,
+    "max_pixels": 1024 * 1024,
+}
+"""Of pictures as Emu3 was trained; where a file says nothing, transformers takes the mean and deviation of CLIP."""
 _PREFIX, _NEWER_PREFIX = "text_model.model.", "model.text_model."
 _VQMODEL, _NEWER_VQMODEL = "vqmodel.", "model.vqmodel."
 _VISUAL = "<|visual token {:06}|>"
@@ -109,11 +120,21 @@ def preset(settings: Settings, config: TransformerConfig, text: JsonTextTokenize
     if not written:
         why = f"no size fits {context} tokens" if spell else "add tokenizer.json, by which sizes are written"
         log.warning("%s: this model knows text alone, not pictures: %s", settings.source, why)
-    return Preset(Vocabulary(size, blocks, special), grammar(written))
+    more: dict[str, Any] = {"preprocessing": ImageProcessor(**SCALING, spatial_factor=step).to_json()}
+    if (
+        spell
+        and (characters := {character: spell(character) for character in "0123456789*"})
+        and all(
+            shape["prefix"] == [characters[character][0] for character in f"{shape['rows']}*{shape['columns']}"]
+            for shape in written
+        )
+    ):
+        more["spelling"] = {character: ids[0] for character, ids in characters.items()}
+    return Preset(Vocabulary(size, blocks, special), grammar(written, **more))
 
 
-def grammar(shapes: list[dict[str, Any]]) -> dict[str, Any]:
-    """The declaration: pictures of these shapes, or text alone if there are none."""
+def grammar(shapes: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """The declaration: pictures of these shapes, or text alone if there are none; `more` is of pictures, too."""
     image = {
         "codebooks": ["image"],
         "open": [ROLES["begin"]],
@@ -121,6 +142,7 @@ def grammar(shapes: list[dict[str, Any]]) -> dict[str, Any]:
         "row_end": ROLES["row_end"],
         "close": [ROLES["last"], ROLES["end"]],
         "shapes": shapes,
+        **more,
     }
     control = {role: f"<{role}>" for role in ("bos", "turn", "eos", "pad")}
     modalities = {"text": {"block": "text"}} | ({"image": image} if shapes else {})
@@ -196,6 +218,7 @@ FAMILY = Family(
     write=write,
     lacks=lacks,
     preset=preset,
+    image_processor_type="Emu3ImageProcessor",
     places=places,
     prefix=_PREFIX,
     other_prefixes=(_NEWER_PREFIX,),

@@ -81,6 +81,8 @@ class Family:
     """Whether a config.json of this type is this family's; of several of one type the first that says so counts."""
     text: Callable[[epath.Path, np.ndarray | None], JsonTextTokenizer | None] = text_tokenizer
     """The text tokenizer of a directory, if it has one, for these ids or all that are text."""
+    image_processor_type: str | None = None
+    """transformers' class that scales pictures."""
     prefix: str = "model."
     """What stands before the names of the transformer's tensors."""
     other_prefixes: tuple[str, ...] = ()
