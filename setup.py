@@ -68,7 +68,7 @@ setup(
         "pillow>=11,<14",
         "safetensors>=0.5,<0.9",
         "scipy>=1.14,<2",
-        "sentencepiece>=0.2,<0.3",
+        "sentencepiece>=0.2.3,<0.3",  # before it, a crafted model of text ends the process
         "soundfile>=0.13,<0.15",
         "soxr>=0.5,<2",
         "tensorboardX>=2.6,<3",

@@ -1,8 +1,8 @@
 """Public checkpoints of whole models, in and out: a file for each family, and what families share.
 
-A directory of transformers holds config.json, weights in safetensors and, if it is complete, tokenizer.json. What it
-holds besides in this package's own form (vocabulary.json, grammar.json, generation.json, tokenizers/MODALITY) goes
-before what its family is known for: so an export comes back as the model that it was.
+A directory of transformers holds config.json, weights in safetensors and, if it is complete, tokenizer.json or
+tokenizer.model. What it holds besides in this package's own form (vocabulary.json, grammar.json, generation.json,
+tokenizers/MODALITY) goes before what its family is known for: so an export comes back as the model that it was.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from omni_tokenizers.checkpoints import PLACES
 from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.errors import OmniError
 from omni_tokenizers.tensor_files import open_directory, write_directory
-from omni_tokenizers.text_json import LARGEST as LARGEST_TOKENIZER
-from omni_tokenizers.text_json import JsonTextTokenizer
+from omni_tokenizers.text_public import LARGEST as LARGEST_TOKENIZER
+from omni_tokenizers.text_public import PublicTextTokenizer
 
 if TYPE_CHECKING:
     from omni.bundle import Model
@@ -243,7 +243,7 @@ def export_checkpoint(model: Model, directory: epath.PathLike, dtype: str = "flo
         values = {"image_processor_type": family.image_processor_type} | processor.to_json()
         _write_json(directory / PREPROCESSOR, values)
     for modality, tokenizer in model.tokenizers.items():
-        if isinstance(tokenizer, JsonTextTokenizer):
+        if isinstance(tokenizer, PublicTextTokenizer):
             tokenizer.write_original(directory)
         elif modality not in family.carries(model):
             tokenizer.save(directory / "tokenizers" / modality)

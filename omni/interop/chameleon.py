@@ -35,7 +35,7 @@ from omni.model import TransformerConfig
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.checkpoints.vqgan import to_transformers, without_decoder
-from omni_tokenizers.text_json import JsonTextTokenizer
+from omni_tokenizers.text_public import PublicTextTokenizer
 from omni_tokenizers.vqgan import VQGANTokenizer
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def read(settings: Settings) -> TransformerConfig:
     return read_config(settings, DEFAULTS, qk_norm="layer", qk_norm_per_head=True, norm_order=order)
 
 
-def preset(settings: Settings, config: TransformerConfig, text: JsonTextTokenizer | None) -> Preset:
+def preset(settings: Settings, config: TransformerConfig, text: PublicTextTokenizer | None) -> Preset:
     """Text and pictures of one size, as `vocabulary_map` names their tokens; roles that it lacks get new ids.
 
     Raises:

@@ -36,7 +36,7 @@ from omni.vocabulary import Vocabulary
 from omni_tokenizers.checkpoints.emu3 import to_transformers
 from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.emu3 import Emu3Tokenizer
-from omni_tokenizers.text_json import JsonTextTokenizer
+from omni_tokenizers.text_public import PublicTextTokenizer
 
 if TYPE_CHECKING:
     from omni.bundle import Model
@@ -97,7 +97,7 @@ def places(config: TransformerConfig, prefix: str) -> list[Place]:
     return llama_places(config, prefix, "text_model.lm_head.weight" if prefix == _PREFIX else "lm_head.weight")
 
 
-def preset(settings: Settings, config: TransformerConfig, text: JsonTextTokenizer | None) -> Preset:
+def preset(settings: Settings, config: TransformerConfig, text: PublicTextTokenizer | None) -> Preset:
     """Text, and pictures of each ratio and area that the context holds; the turn is a new id.
 
     A picture's size is written in the text tokenizer's ids of "rows*columns", or without one in those that
@@ -165,7 +165,7 @@ def sizes(step: int, context: int, spell: Callable[[str], list[int]]) -> list[di
     return [{"rows": rows, "columns": columns, "prefix": ids} for (rows, columns), ids in found.items()]
 
 
-def spelling(names: Mapping[str, int], text: JsonTextTokenizer | None) -> Callable[[str], list[int]] | None:
+def spelling(names: Mapping[str, int], text: PublicTextTokenizer | None) -> Callable[[str], list[int]] | None:
     """What gives the ids of a size, by the text tokenizer or by the ids of characters; None if neither is known."""
     if text is not None:
         return lambda size: text.ids[text.encode(size)].tolist()
