@@ -15,7 +15,7 @@ GCS = ["gcsfs>=2026.9,<2027"]
 WANDB = ["wandb>=0.30,<0.32"]
 VIDEO = ["av>=18.1,<19"]
 PARQUET = ["pyarrow>=20,<27"]
-CHECKPOINTS = ["tokenizers>=0.21,<0.24"]
+CHECKPOINTS = ["huggingface_hub>=0.36,<3", "tokenizers>=0.21,<0.24"]
 TEST = [
     *QUICKSTART,
     *NOTEBOOK,
