@@ -45,7 +45,7 @@ class Processor:
         """The tokenizer of a modality; `OmniError` if the model came without it."""
         self.grammar.index(modality)
         if modality not in self.tokenizers:
-            public = ", or the tokenizer.json of a public checkpoint" if modality == "text" else ""
+            public = ", or the tokenizer.json or tokenizer.model of a public checkpoint" if modality == "text" else ""
             raise OmniError(
                 f"this model came without its {modality} tokenizer: add the directory tokenizers/{modality}{public}"
             )

@@ -92,6 +92,23 @@ def test_values_without_a_file_are_those_of_the_training(kind):
     np.testing.assert_allclose(apart, expected, atol=1e-4)
 
 
+def test_where_chameleons_release_scales_otherwise():
+    """It rounds the longer edge where transformers cuts it off: some photos are scaled a little otherwise."""
+    apart = {}
+    for name in PHOTOS:
+        ours = ImageProcessor(**OWN["chameleon"]).resized(Image.from_pil(photo(name)))
+        picture = Image.from_pil(photo(name)).to_pil()
+        width, height = (round(512 / min(picture.size) * edge) for edge in picture.size)
+        left, top = (width - 512) // 2, (height - 512) // 2
+        scaled = picture.resize((width, height), PillowImage.Resampling.LANCZOS)
+        theirs = np.asarray(scaled.crop((left, top, left + 512, top + 512)))
+        apart[name] = np.abs(np.float32(theirs) - ours.pixels)
+    different = [name for name in PHOTOS if apart[name].any()]
+    assert len(different) == 6 and "landscape, odd" in different
+    assert 40 < max(each.max() for each in apart.values()) < 60
+    assert 2 < max(each.mean() for each in apart.values()) < 2.5
+
+
 @pytest.fixture(scope="module")
 def both_chameleons(tmp_path_factory):
     """A tiny model of transformers with pictures of 16 x 16 pixels, its processor, and ours of their directory."""
