@@ -64,6 +64,8 @@ ROLES = {
 """Names in the vocabulary of what a picture is written with."""
 AREAS, RATIOS = (720 * 720, 512 * 512), ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
 """Pixels of pictures, and width to height; the first area is the one that Emu3 draws."""
+LARGEST_SIDE = 2000
+"""More rows or columns than a picture has that is read."""
 SCALING = {
     "resample": int(Resampling.BICUBIC),
     "rescale_factor": 1 / 255,
@@ -121,15 +123,8 @@ def preset(settings: Settings, config: TransformerConfig, text: PublicTextTokeni
         why = f"no size fits {context} tokens" if spell else "add tokenizer.json, by which sizes are written"
         log.warning("%s: this model knows text alone, not pictures: %s", settings.source, why)
     more: dict[str, Any] = {"preprocessing": ImageProcessor(**SCALING, spatial_factor=step).to_json()}
-    if (
-        spell
-        and (characters := {character: spell(character) for character in "0123456789*"})
-        and all(
-            shape["prefix"] == [characters[character][0] for character in f"{shape['rows']}*{shape['columns']}"]
-            for shape in written
-        )
-    ):
-        more["spelling"] = {character: ids[0] for character, ids in characters.items()}
+    if spell and (characters := spelled(spell)):
+        more["spelling"] = characters
     return Preset(Vocabulary(size, blocks, special), grammar(written, **more))
 
 
@@ -172,6 +167,16 @@ def spelling(names: Mapping[str, int], text: PublicTextTokenizer | None) -> Call
     if set("0123456789*") <= names.keys():
         return lambda size: [names[character] for character in size]
     return None
+
+
+def spelled(spell: Callable[[str], list[int]]) -> dict[str, int]:
+    """The token of each character of a size, so that any can be written; none where some are joined, as "57" may be."""
+    found = {character: spell(character) for character in "0123456789*"}
+    sizes = (f"{number}*{number}" for number in range(1, LARGEST_SIDE))
+    apart = all(len(ids) == 1 for ids in found.values()) and all(
+        spell(size) == [found[character][0] for character in size] for size in sizes
+    )
+    return {character: ids[0] for character, ids in found.items()} if apart else {}
 
 
 def write(model: Model) -> dict[str, Any]:

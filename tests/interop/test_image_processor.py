@@ -145,6 +145,8 @@ def test_damaged_spans_of_given_sizes_are_refused(processor):
     wrong = [np.delete(ids, place) for place in (3, 8, 17, -2)]
     wrong += [np.r_[ids[:place], ids[0], ids[place + 1 :]] for place in (2, 9, 17, len(ids) - 2)]
     wrong += [ids[:20], np.r_[ids[:3], ids[1:]], np.r_[ids[:2], ids[2], ids[2:]]]
+    drawn = grammar.span_ids(Span("image", np.zeros((1, 2, 3), np.int32)))
+    wrong.append(np.r_[ids[0], drawn[:7], ids[1:]])
     for each in wrong:
         with pytest.raises(OmniError):
             grammar.annotate(each)
