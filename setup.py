@@ -15,7 +15,7 @@ GCS = ["gcsfs>=2026.9,<2027"]
 WANDB = ["wandb>=0.30,<0.32"]
 VIDEO = ["av>=18.1,<19"]
 PARQUET = ["pyarrow>=20,<27"]
-CHECKPOINTS = ["tokenizers>=0.21,<0.24"]
+CHECKPOINTS = ["huggingface_hub>=0.36,<3", "tokenizers>=0.21,<0.24"]
 INT8 = ["qwix>=0.1.8,<0.2"]
 TEST = [
     *QUICKSTART,
@@ -70,7 +70,7 @@ setup(
         "pillow>=11,<14",
         "safetensors>=0.5,<0.9",
         "scipy>=1.14,<2",
-        "sentencepiece>=0.2,<0.3",
+        "sentencepiece>=0.2.3,<0.3",  # before it, a crafted model of text ends the process
         "soundfile>=0.13,<0.15",
         "soxr>=0.5,<2",
         "tensorboardX>=2.6,<3",

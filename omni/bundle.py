@@ -23,6 +23,7 @@ import omni_tokenizers
 from omni.chat_template import SOURCE, ChatTemplate
 from omni.generate import Engine, PreparedRequest
 from omni.grammar import Grammar, Tokens
+from omni.hub import located
 from omni.interop import export_checkpoint, is_public, load_checkpoint
 from omni.likelihood import document_losses
 from omni.model import Transformer, decoder_on, make_decoder
@@ -279,7 +280,7 @@ def load(
     torch_reader: bool = False,
 ) -> Model:
     """Opens a model: the name of one that came with the package, a run, a directory of `Model.save`, or a public
-    checkpoint's directory (docs/checkpoints.md, `omni.interop.load_checkpoint`).
+    checkpoint's directory (docs/checkpoints.md, `omni.interop.load_checkpoint`) or repository (`omni.hub.located`).
 
     A directory that holds a model goes before a model in the box of the same name, any other directory does not.
 
@@ -297,7 +298,7 @@ def load(
       OmniError: if there is no model of that name, or its files are damaged; says what is missing.
     """
     boxed = sorted(path.name for path in MODELS.glob("*/"))
-    directory = epath.Path(name)
+    directory = located(name)
     if name in boxed and not (directory / DESCRIPTION).exists():
         directory = epath.Path(MODELS / name)
     if not directory.exists():

@@ -80,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
         "Answer a prompt. Arguments that name a picture, sound or video file are read as such, others are text.",
         'omni generate runs/quickstart "seven" --want image,audio --out out/',
     )
-    generate.add_argument("model", help="a run or an exported directory")
+    generate.add_argument("model", help="a run, an exported directory, or a repository of the hub as owner/name")
     generate.add_argument(
         "parts", nargs="+", metavar="PART", help="text, or the path of a picture, sound or video file"
     )
@@ -190,7 +190,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     imports.add_argument(
         "source",
-        help="a directory that transformers wrote (docs/checkpoints.md), or a file of weights (docs/tokenizers.md)",
+        help="a directory that transformers wrote, or its repository (docs/checkpoints.md), or a file of weights",
     )
     imports.add_argument("directory", type=Path)
     imports.add_argument("--image-size", type=int, help="pixels a side that a file's net is meant for (default: 256)")

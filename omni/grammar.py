@@ -16,7 +16,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -133,7 +133,7 @@ class Grammar:
                 f"codes of {span.modality} have shape {codes.shape}; the grammar wants "
                 f"[{len(layout.codebooks)}, {'frames, ' if layout.has_frames else ''}rows, columns]"
             )
-        template = layout.template(*codes.shape[1:])
+        template = layout.template(*codes.shape[1:], given=span.context)
         per_level = np.stack(
             [self.vocabulary.to_ids(block, level) for block, level in zip(layout.codebooks, codes, strict=True)]
         )
@@ -164,10 +164,32 @@ class Grammar:
 
     def annotate(self, ids: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " tokens"]:
         """The state after each id; `GrammarError` at the first id that may not stand where it stands."""
-        if not len(ids) or self._checked(ids)[0] != self.control["bos"]:
+        ids = self._checked(ids)
+        if not len(ids) or ids[0] != self.control["bos"]:
             raise GrammarError("a document begins with bos")
-        rest = self.follow(self.tables.start, ids[1:], first=1)
-        return np.concatenate([[self.tables.start], rest]).astype(np.int32)
+        states, tables = np.full(len(ids), self.tables.start, np.int32), self.tables
+        place = 1
+        for start, end, modality in [*sorted(self._given(ids)), (len(ids), len(ids), 0)]:
+            states[place:start] = self.follow(int(states[place - 1]), ids[place:start], first=place)
+            if start < end and not tables.top[states[start - 1]]:
+                raise GrammarError(f"token {start} (id {int(ids[start])}) may not stand there")
+            # The tables know no span of such a size; nothing is drawn inside, so its tokens count as text does.
+            states[start:end] = tables.after_text
+            if start < end:
+                states[end - 1] = np.flatnonzero(tables.closed == modality)[0]
+            place = end
+        return states
+
+    def _given(self, ids: Int[np.ndarray, " tokens"]) -> Iterator[tuple[int, int, int]]:
+        """Where spans of sizes that are read and never drawn begin and end, and their modality."""
+        for layout in self.layouts.values():
+            if not layout.spelling:
+                continue
+            for start in np.flatnonzero(ids == layout.open[0]).tolist():
+                if (found := layout.given_template(ids[start:])) is not None:
+                    end = start + len(found[1].fixed)
+                    if self._codes(layout, *found, ids[start:end]) is not None:
+                        yield start, end, self.index(layout.name)
 
     def annotate_chat(self, ids: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " tokens"]:
         """The state after each id of a chat, in which tokens that no document has may stand between parts, such as
@@ -310,19 +332,27 @@ class Grammar:
             if len(run) < length or tuple(run[-len(layout.close) :].tolist()) != layout.close:
                 continue
             for shape in shapes:
-                template = layout.template(*shape.size)
-                if not np.array_equal(run[~template.is_code], template.fixed[~template.is_code]):
-                    continue
-                codes = np.full((len(layout.codebooks), *shape.grid), -1, np.int32)
-                found = run[template.is_code]
-                per_level = np.stack([self.vocabulary.to_codes(block, found) for block in layout.codebooks])
-                codes[template.places] = per_level[template.places[0], np.arange(len(found))]
-                if codes.min() >= 0:
-                    codes = codes.reshape(len(codes), *shape.size)
+                codes = self._codes(layout, shape.size, layout.template(*shape.size), run)
+                if codes is not None:
                     return Span(layout.name, codes, context), place + length
+        if (given := layout.given_template(ids[place:])) is not None:
+            end = place + len(given[1].fixed)
+            if (codes := self._codes(layout, *given, ids[place:end])) is not None:
+                return Span(layout.name, codes, context), end
         raise GrammarError(
             f"token {place}: {layout.name} opens but is not closed with a size it may have ({layout.sizes()})", spans
         )
+
+    def _codes(
+        self, layout: SpanLayout, size: tuple[int, ...], template: Template, run: Int[np.ndarray, " tokens"]
+    ) -> Int[np.ndarray, "codebooks *frames rows columns"] | None:
+        """The codes of a whole span of this size; None if it is none."""
+        if len(run) != len(template.fixed) or not self._agrees(run, template):
+            return None
+        codes, found = np.full((len(layout.codebooks), *(1, *size)[-3:]), -1, np.int32), run[template.is_code]
+        per_level = np.stack([self.vocabulary.to_codes(block, found) for block in layout.codebooks])
+        codes[template.places] = per_level[template.places[0], np.arange(len(found))]
+        return codes.reshape(len(codes), *size) if codes.min() >= 0 else None
 
 
 def _framed(shape: tuple[int, ...]) -> tuple[int, ...]:

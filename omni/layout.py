@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,7 +27,9 @@ CONTROL, TEXT, BOUNDARY, SIZE, ROW_END, CODE, FRAME_BOUNDARY = range(7)
 ROLES = ("control", "text", "boundary", "size", "row_end", "code", "frame_boundary")
 
 _KEYS = {"codebooks", "open", "begin", "close", "shapes", "row_end", "last_row_end", "delays"}
+_PICTURE_KEYS = {"preprocessing", "spelling"}
 _VIDEO_KEYS = {"frame_begin", "frame_end", "frame_rate"}
+_SPELLED, _LONGEST_SIZE = "0123456789*", 16
 _SHAPE_KEYS = {"frames", "rows", "columns", "prefix"}
 
 Symbol = tuple[int, int, int, int, int, int]
@@ -88,6 +91,10 @@ class SpanLayout:
     `{"rows", "columns", "prefix"}`; `columns` may be `{"min", "max"}`), and optionally `begin` (tokens between size and
     codes), `row_end`, `last_row_end` (default true: the last row is ended too), `delays`.
 
+    Grids of pictures may have `preprocessing` (`omni.image_processor`, there for the same reason as `frame_rate`), and
+    `spelling`, a token of text for each of "0123456789*": then a picture that is given, not drawn, may have any size,
+    whose prefix is "rows*columns" in these tokens.
+
     The shapes of videos, and they alone, also have `frames`, frames of codes, which may be the range in place of
     `columns`. Optional keys of theirs are `frame_begin` and `frame_end`, tokens around every frame, and `frame_rate`.
 
@@ -104,7 +111,7 @@ class SpanLayout:
     def __init__(self, name: str, declaration: dict, vocabulary: Vocabulary):
         self.name = name
         required = {"codebooks", "open", "close", "shapes"}
-        _check_keys(declaration, _KEYS | _VIDEO_KEYS, required=required, where=f"modality '{name}'")
+        _check_keys(declaration, _KEYS | _PICTURE_KEYS | _VIDEO_KEYS, required=required, where=f"modality '{name}'")
 
         def ids(symbols) -> tuple[int, ...]:
             return tuple(s if isinstance(s, int) else vocabulary.token(s) for s in symbols)
@@ -129,6 +136,14 @@ class SpanLayout:
             raise OmniError(f"grammar: modality '{name}' declares no size, or one size twice")
         self.has_frames = len(next(iter(self.shapes))) == 3
         self.frame_rate = self._frame_rate(declaration)
+        self.preprocessing = declaration.get("preprocessing")
+        if not isinstance(self.preprocessing, dict | None):
+            raise OmniError(f"grammar: modality '{name}' has preprocessing that is no JSON object")
+        self.spelling = dict(zip(spelled := declaration.get("spelling", {}), ids(spelled.values()), strict=True))
+        if self.has_frames and (foreign := _PICTURE_KEYS & set(declaration)):
+            raise OmniError(f"grammar: modality '{name}' has {sorted(foreign)}, which no video has")
+        if self.spelling and (len(set(self.spelling.values())), *sorted(self.spelling)) != (11, *sorted(_SPELLED)):
+            raise OmniError(f"grammar: modality '{name}' needs spelling to be a token for each of {_SPELLED}")
 
     def _frame_rate(self, declaration: dict) -> float | None:
         """The declared rate; also refuses what only videos have where shapes have no frames, and frames in some."""
@@ -197,18 +212,44 @@ class SpanLayout:
             yield from self.frame(frame, shape)
         yield from self.closing()
 
-    @functools.cache  # noqa: B019  (a layout lives as long as its grammar)
-    def template(self, *size: int) -> Template:
+    def template(self, *size: int, given: bool = False) -> Template:
         """The tokens of a span of this size, (rows, columns) or (frames, rows, columns).
 
+        Args:
+          given: whether it may have a size that is read and never drawn.
         Raises:
           OmniError: if the grammar does not allow it.
         """
-        shape = self.shapes.get(size)
-        if shape is None:
+        if size in self.shapes:
+            return self._declared(*size)
+        if not (given and self.spelling and min(size) >= 1 and math.prod(size) <= LARGEST):
             words = _in_words(size, size)
             raise OmniError(f"the grammar writes no {self.name} of {words} codes; it knows {self.sizes()}")
+        rows, columns = size
+        return self._template(Shape(size, tuple(self.spelling[character] for character in f"{rows}*{columns}")))
+
+    @functools.cache  # noqa: B019  (a layout lives as long as its grammar)
+    def _declared(self, *size: int) -> Template:
+        return self._template(self.shapes[size])
+
+    def _template(self, shape: Shape) -> Template:
         return Template(*np.array(list(self.symbols(shape)), np.int32).T)
+
+    def given_template(self, ids: Int[np.ndarray, " tokens"]) -> tuple[tuple[int, ...], Template] | None:
+        """Size and tokens of the span that ids begin with, if it is of a size that is read and never drawn."""
+        names, place, size = {token: character for character, token in self.spelling.items()}, len(self.open), ""
+        if not names or tuple(ids[:place].tolist()) != self.open:
+            return None
+        for token in ids[place : place + _LONGEST_SIZE].tolist():
+            if token not in names:
+                break
+            size += names[token]
+        if not re.fullmatch(r"[1-9][0-9]*\*[1-9][0-9]*", size):
+            return None
+        rows, columns = map(int, size.split("*"))
+        if (rows, columns) in self.shapes or rows * columns > len(ids):
+            return None
+        return (rows, columns), self.template(rows, columns, given=True)
 
     @functools.cached_property
     def by_length(self) -> dict[int, list[Shape]]:

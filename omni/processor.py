@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from omni.grammar import Grammar, Span, Tokens
+from omni.image_processor import ImageProcessor
 from omni.parts import Audio, Image, Part, Text, Video, as_part, read_part
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.codes import Codes
@@ -34,12 +35,17 @@ class Processor:
                 blocks = tuple(len(table) for table in layout.tables)
                 if sizes != blocks:
                     raise OmniError(f"the {modality} tokenizer has codebooks {sizes}, the vocabulary blocks {blocks}")
+        layout = grammar.layouts.get("image")
+        declared = layout.preprocessing if layout else None
+        self.image_processor = (
+            None if declared is None else ImageProcessor.from_json(declared, "grammar: preprocessing")
+        )
 
     def tokenizer(self, modality: str):
         """The tokenizer of a modality; `OmniError` if the model came without it."""
         self.grammar.index(modality)
         if modality not in self.tokenizers:
-            public = ", or the tokenizer.json of a public checkpoint" if modality == "text" else ""
+            public = ", or the tokenizer.json or tokenizer.model of a public checkpoint" if modality == "text" else ""
             raise OmniError(
                 f"this model came without its {modality} tokenizer: add the directory tokenizers/{modality}{public}"
             )
@@ -106,7 +112,7 @@ class Processor:
         tokenizer = self.tokenizer(part.modality)
         match part:
             case Image():
-                return part.resize_crop(tokenizer.image_size, tokenizer.image_size)
+                return self._scaled(part)
             case Audio():
                 step, longest = tokenizer.samples_per_frame, max(c for _, c in self.grammar.layouts["audio"].shapes)
                 limit = longest * step / tokenizer.sample_rate
@@ -128,7 +134,7 @@ class Processor:
 
     def prompt(self, parts: Sequence[Part]) -> Int[np.ndarray, " tokens"]:
         """`bos, parts, turn`: ids that the model reads before it answers."""
-        return self.grammar.prompt(self.spans([parts])[0])
+        return self.grammar.prompt(self.spans([given(parts)])[0])
 
     def tokens(self, parts: Sequence[Part]) -> Tokens:
         """A whole document; parts marked `context` come before `turn`."""
@@ -138,9 +144,32 @@ class Processor:
         tokenizer = self.tokenizer("text")
         return [np.asarray(tokenizer.encode(part.text), np.int32) for part in parts]
 
+    def _scaled(self, part: Image) -> Image:
+        """A picture at the size that its tokenizer takes.
+
+        One that is given has the size that the family's processor gives it; one to be drawn, of those that are drawn
+        the one nearest to that.
+        """
+        tokenizer, layout = self.tokenizer("image"), self.grammar.layouts["image"]
+        if self.image_processor is None:
+            return part.resize_crop(tokenizer.image_size, tokenizer.image_size)
+        scaled = self.image_processor.resized(part)
+        strides = tokenizer.config.strides[-2:]
+        grid = tuple(side // stride for side, stride in zip(scaled.pixels.shape, strides, strict=False))
+        if grid in layout.shapes or (part.context and layout.spelling):
+            return scaled
+        rows, columns = min(layout.shapes, key=lambda size: sum(abs(np.log(np.divide(size, grid)))))
+        return part.resize_crop(rows * strides[0], columns * strides[1])
+
     def _encode_images(self, parts: Sequence[Image]) -> list[Int[np.ndarray, "1 rows columns"]]:
-        pixels = np.stack([self.prepared(part).pixels for part in parts])
-        return list(np.asarray(self.tokenizer("image").encode(pixels))[:, None])
+        tokenizer, scaled = self.tokenizer("image"), [self.prepared(part).pixels for part in parts]
+
+        def encode(pixels):
+            if self.image_processor is None:
+                return np.asarray(tokenizer.encode(pixels))[:, None]
+            return np.asarray(tokenizer.encode_values(self.image_processor.values(pixels)))[:, None]
+
+        return _by_shape(scaled, encode)
 
     def _encode_audio(self, parts: Sequence[Audio]) -> list[Int[np.ndarray, "codebooks 1 frames"]]:
         tokenizer = self.tokenizer("audio")
@@ -195,7 +224,7 @@ class Processor:
 
     def _decode_images(self, spans: Sequence[Span]) -> list[Image]:
         tokenizer = self.tokenizer("image")
-        pixels = tokenizer.decode(np.stack([span.codes[0] for span in spans]))
+        pixels = _by_shape([span.codes[0] for span in spans], tokenizer.decode)
         return [Image(picture, context=span.context) for picture, span in zip(pixels, spans, strict=True)]
 
     def _decode_audio(self, spans: Sequence[Span]) -> list[Audio]:
@@ -214,3 +243,18 @@ class Processor:
     def _decode_videos(self, spans: Sequence[Span]) -> list[Video]:
         tokenizer, rate = self.tokenizer("video"), self._declared_rate()
         return [Video.at_rate(tokenizer.decode(span.codes)[0], rate, context=span.context) for span in spans]
+
+
+def given(parts: Sequence[Part]) -> list[Part]:
+    """Parts marked as context: of a prompt nothing is to be produced."""
+    return [dataclasses.replace(part, context=True) for part in parts]
+
+
+def _by_shape(arrays: Sequence[np.ndarray], function: Callable[[np.ndarray], Sequence]) -> list:
+    """What `function` makes of stacked arrays, one of each, in their order; those of one shape go together."""
+    results: list = [None] * len(arrays)
+    for shape in dict.fromkeys(array.shape for array in arrays):
+        places = [place for place, array in enumerate(arrays) if array.shape == shape]
+        for place, result in zip(places, function(np.stack([arrays[place] for place in places])), strict=True):
+            results[place] = result
+    return results

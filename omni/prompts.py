@@ -15,7 +15,7 @@ from omni.generate import PreparedRequest, Shadow, guidance_shadows, is_whole, p
 from omni.grammar import Span
 from omni.messages import Message, are_messages, read_messages
 from omni.parts import Part
-from omni.processor import Processor
+from omni.processor import Processor, given
 from omni.reply import stop_place
 from omni.stopping import StopStrings
 from omni_tokenizers.errors import OmniError, UsageError
@@ -121,7 +121,7 @@ class Prompts:
 
     def turns(self, requests: Sequence[Request]) -> list[list[Turn]]:
         """What each side says in each request; errors as of `prepare`."""
-        chats = [self._said(request.parts) for request in requests]
+        chats = [[(role, given(parts)) for role, parts in self._said(request.parts)] for request in requests]
         spans = iter(self.processor.spans([parts for chat in chats for _, parts in chat]))
         return [[Turn(role, tuple(parts), tuple(next(spans))) for role, parts in chat] for chat in chats]
 

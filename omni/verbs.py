@@ -16,6 +16,8 @@ from omni.exits import EXIT_FAILED
 from omni_tokenizers.errors import OmniError, UsageError
 
 if TYPE_CHECKING:
+    from etils import epath
+
     from omni.parts import Part
     from omni.reply import Reply
     from omni.sharding import MeshConfig
@@ -278,33 +280,35 @@ def run_export(options: argparse.Namespace) -> None:
 
 
 def run_import(options: argparse.Namespace) -> None:
+    from omni.hub import located
     from omni.interop import holds_model
     from omni.tokenizer_tools import import_tokenizer
 
     _require_empty(options.directory)
     _status(f"reading {options.source}")
-    if not holds_model(options.source):
+    source = located(options.source)
+    if not holds_model(source):
         if options.verify or options.mesh is not None or options.dtype != "float32":
             raise UsageError(f"{options.source} holds a tokenizer; --dtype, --mesh and --verify are of whole models")
         settings = {"image_size": options.image_size, "torch_reader": options.torch_reader}
-        import_tokenizer(options.source, options.directory, **settings)
+        import_tokenizer(source, options.directory, **settings)
     elif options.image_size is not None:
         raise UsageError(f"{options.source} holds a whole model, which says its size: leave --image-size out")
     else:
-        _import_model(options)
+        _import_model(source, options)
     _print_written(options.directory)
 
 
-def _import_model(options: argparse.Namespace) -> None:
+def _import_model(source: epath.Path, options: argparse.Namespace) -> None:
     """Loads, compares where that is asked for, and writes a whole model."""
     import omni
     from omni.interop import verification
 
     mesh = None if options.mesh is None else parse_mesh(options.mesh)
-    load = functools.partial(omni.load, options.source, mesh, torch_reader=options.torch_reader)
+    load = functools.partial(omni.load, source, mesh, torch_reader=options.torch_reader)
     if options.verify:
         _status("comparing with transformers")
-        checks = list(verification.verify(load(), options.source))
+        checks = list(verification.verify(load(), source))
         print(verification.as_table(checks))
         if any(check.passed is False for check in checks):
             raise OmniError(f"{options.source} is not here what it is in transformers; nothing was written")

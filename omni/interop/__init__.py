@@ -1,8 +1,8 @@
 """Public checkpoints of whole models, in and out: a file for each family, and what families share.
 
-A directory of transformers holds config.json, weights in safetensors and, if it is complete, tokenizer.json. What it
-holds besides in this package's own form (vocabulary.json, grammar.json, generation.json, tokenizers/MODALITY) goes
-before what its family is known for: so an export comes back as the model that it was.
+A directory of transformers holds config.json, weights in safetensors and, if it is complete, tokenizer.json or
+tokenizer.model. What it holds besides in this package's own form (vocabulary.json, grammar.json, generation.json,
+tokenizers/MODALITY) goes before what its family is known for: so an export comes back as the model that it was.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from omni.grammar import Grammar
 from omni.interop import anygpt, chameleon, emu3, emu3_5, llama, qwen3
 from omni.interop import chameleon_original as release
 from omni.interop.family import ADDED_TOKENS, TOKENIZER, Family, Place, Preset
+from omni.interop.pictures import PREPROCESSOR, with_file
 from omni.interop.weights import NamedTensors, places_in, read_transformer, their_shapes, their_tensors
 from omni.model import Transformer, TransformerConfig
 from omni.vocabulary import LARGEST, Vocabulary
@@ -31,8 +32,9 @@ from omni_tokenizers.checkpoints import PLACES
 from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.errors import OmniError
 from omni_tokenizers.tensor_files import open_directory, write_directory
-from omni_tokenizers.text_json import LARGEST as LARGEST_TOKENIZER
 from omni_tokenizers.text_json import JsonTextTokenizer
+from omni_tokenizers.text_public import LARGEST as LARGEST_TOKENIZER
+from omni_tokenizers.text_public import PublicTextTokenizer
 
 if TYPE_CHECKING:
     from omni.bundle import Model
@@ -118,8 +120,9 @@ def load_checkpoint(
     places = places_in(tensors, config, family)
     try:
         text = family.text(directory, None)
-        template = ChatTemplate.of_checkpoint(directory, family.frame, _token_names(family.section(settings), text))
-        _end_as_closed(family.section(settings), template, text)
+        named = text if isinstance(text, JsonTextTokenizer) else None  # a template is read with names of tokens
+        template = ChatTemplate.of_checkpoint(directory, family.frame, _token_names(family.section(settings), named))
+        _end_as_closed(family.section(settings), template, named)
         preset = _preset(directory, family, settings, config, text)
         grammar = Grammar(dict(preset.declaration), preset.vocabulary)
     except OmniError as error:
@@ -215,14 +218,16 @@ def _preset(
     family: Family,
     settings: Settings,
     config: TransformerConfig,
-    text: JsonTextTokenizer | None,
+    text: PublicTextTokenizer | None,
 ) -> Preset:
     """The family's vocabulary and grammar, or this package's own where they lie there, as an export leaves them."""
     own = {name: directory / f"{name}.json" for name in ("vocabulary", "grammar")}
     found = {name: read_object(path, LARGEST_CHECKPOINT_CONFIG) for name, path in own.items() if path.exists()}
     if "vocabulary" not in found:
         preset = family.preset(settings, config, text)
-        return Preset(preset.vocabulary, found["grammar"]) if "grammar" in found else preset
+        if "grammar" in found:
+            return Preset(preset.vocabulary, found["grammar"])
+        return dataclasses.replace(preset, declaration=with_file(preset.declaration, directory))
     if "grammar" not in found:
         raise OmniError(
             f"{own['grammar']}: no such file, without which {own['vocabulary'].name} says too little; add it"
@@ -270,8 +275,11 @@ def export_checkpoint(model: Model, directory: epath.PathLike, dtype: str = "flo
     _write_json(directory / "grammar.json", model.grammar.to_json())
     if model.generation:
         _write_json(directory / "generation.json", model.generation)
+    if (processor := model.processor.image_processor) is not None and family.image_processor_type is not None:
+        values = {"image_processor_type": family.image_processor_type} | processor.to_json()
+        _write_json(directory / PREPROCESSOR, values)
     for modality, tokenizer in model.tokenizers.items():
-        if isinstance(tokenizer, JsonTextTokenizer):
+        if isinstance(tokenizer, PublicTextTokenizer):
             tokenizer.write_original(directory)
         elif modality not in family.carries(model):
             tokenizer.save(directory / "tokenizers" / modality)

@@ -21,7 +21,7 @@ from omni.model import TransformerConfig
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.errors import OmniError
-from omni_tokenizers.text_json import JsonTextTokenizer
+from omni_tokenizers.text_public import PublicTextTokenizer
 
 if TYPE_CHECKING:
     from omni.bundle import Model
@@ -45,7 +45,7 @@ def holds(settings: Settings) -> bool:
     return {TURN, *map(opening, LETTERS)} <= names.keys()
 
 
-def preset(settings: Settings, config: TransformerConfig, text: JsonTextTokenizer | None) -> Preset:
+def preset(settings: Settings, config: TransformerConfig, text: PublicTextTokenizer | None) -> Preset:
     """Text, pictures, speech and music, as the names of added tokens say.
 
     Raises:

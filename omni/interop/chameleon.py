@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
+from PIL.Image import Resampling
 
 import omni_tokenizers
+from omni.image_processor import ImageProcessor
 from omni.interop.family import (
     Family,
     Preset,
@@ -33,7 +35,7 @@ from omni.model import TransformerConfig
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.checkpoints.vqgan import to_transformers, without_decoder
-from omni_tokenizers.text_json import JsonTextTokenizer
+from omni_tokenizers.text_public import PublicTextTokenizer
 from omni_tokenizers.vqgan import VQGANTokenizer
 
 if TYPE_CHECKING:
@@ -59,6 +61,13 @@ ROLES = {
     "end": "<eoss>",
 }
 """Names in the vocabulary of what a document is written with."""
+SCALING = {
+    "resample": int(Resampling.LANCZOS),
+    "rescale_factor": 1 / 127.5,
+    "image_mean": (1.0, 1.0, 1.0),
+    "image_std": (1.0, 1.0, 1.0),
+}
+"""Of pictures to [-1, 1], as Chameleon was trained; in transformers the factor is 0.0078, which ends at 0.989."""
 LUMINA_ROW_END, LUMINA_SIZE = 8803, 8804
 """Ids of Lumina-mGPT's ends of rows, and of a side of no units; those of more units follow."""
 _VQMODEL = "model.vqmodel."
@@ -74,7 +83,7 @@ def read(settings: Settings) -> TransformerConfig:
     return read_config(settings, DEFAULTS, qk_norm="layer", qk_norm_per_head=True, norm_order=order)
 
 
-def preset(settings: Settings, config: TransformerConfig, text: JsonTextTokenizer | None) -> Preset:
+def preset(settings: Settings, config: TransformerConfig, text: PublicTextTokenizer | None) -> Preset:
     """Text and pictures of one size, as `vocabulary_map` names their tokens; roles that it lacks get new ids.
 
     Raises:
@@ -92,7 +101,8 @@ def preset(settings: Settings, config: TransformerConfig, text: JsonTextTokenize
     special |= {name: names[name] for name in (PLACEHOLDER,) if name in names}
     no_text = [token for name, token in names.items() if _NO_TEXT.fullmatch(name)]
     blocks = {"text": text_ids(config.vocabulary_size, text, [*no_text, *special.values()]), "image": codes}
-    return Preset(Vocabulary(size, blocks, special), grammar({"rows": side, "columns": side}))
+    scaling = ImageProcessor(**SCALING, side=pictures.get("resolution", 512)).to_json()
+    return Preset(Vocabulary(size, blocks, special), grammar({"rows": side, "columns": side}, preprocessing=scaling))
 
 
 def grammar(*shapes: Mapping[str, Any], **more: Any) -> dict[str, Any]:
@@ -171,6 +181,7 @@ FAMILY = Family(
     write=write,
     lacks=lacks,
     preset=preset,
+    image_processor_type="ChameleonImageProcessor",
     places=llama_places,
     others=(_VQMODEL,),
     tokenizers=tokenizers,

@@ -24,7 +24,8 @@ from omni_tokenizers.base import read_object
 from omni_tokenizers.checkpoints import import_checkpoint, open_torch
 from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.errors import OmniError
-from omni_tokenizers.text_json import LARGEST, JsonTextTokenizer
+from omni_tokenizers.text_json import JsonTextTokenizer
+from omni_tokenizers.text_public import LARGEST
 
 PARAMETERS, TEXT, PICTURES = "params.json", "text_tokenizer.json", "vqgan.ckpt"
 _RANK = re.compile(r"consolidated(\.(\d\d))?\.pth")

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
+from PIL.Image import Resampling
 
 import omni_tokenizers
+from omni.image_processor import ImageProcessor
 from omni.interop.family import (
     Family,
     Place,
@@ -34,7 +36,7 @@ from omni.vocabulary import Vocabulary
 from omni_tokenizers.checkpoints.emu3 import to_transformers
 from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.emu3 import Emu3Tokenizer
-from omni_tokenizers.text_json import JsonTextTokenizer
+from omni_tokenizers.text_public import PublicTextTokenizer
 
 if TYPE_CHECKING:
     from omni.bundle import Model
@@ -62,6 +64,17 @@ ROLES = {
 """Names in the vocabulary of what a picture is written with."""
 AREAS, RATIOS = (720 * 720, 512 * 512), ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
 """Pixels of pictures, and width to height; the first area is the one that Emu3 draws."""
+LARGEST_SIDE = 2000
+"""More rows or columns than a picture has that is read."""
+SCALING = {
+    "resample": int(Resampling.BICUBIC),
+    "rescale_factor": 1 / 255,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+    "min_pixels": 512 * 512,
+    "max_pixels": 1024 * 1024,
+}
+"""Of pictures as Emu3 was trained; where a file says nothing, transformers takes the mean and deviation of CLIP."""
 _PREFIX, _NEWER_PREFIX = "text_model.model.", "model.text_model."
 _VQMODEL, _NEWER_VQMODEL = "vqmodel.", "model.vqmodel."
 _VISUAL = "<|visual token {:06}|>"
@@ -86,7 +99,7 @@ def places(config: TransformerConfig, prefix: str) -> list[Place]:
     return llama_places(config, prefix, "text_model.lm_head.weight" if prefix == _PREFIX else "lm_head.weight")
 
 
-def preset(settings: Settings, config: TransformerConfig, text: JsonTextTokenizer | None) -> Preset:
+def preset(settings: Settings, config: TransformerConfig, text: PublicTextTokenizer | None) -> Preset:
     """Text, and pictures of each ratio and area that the context holds; the turn is a new id.
 
     A picture's size is written in the text tokenizer's ids of "rows*columns", or without one in those that
@@ -109,11 +122,14 @@ def preset(settings: Settings, config: TransformerConfig, text: JsonTextTokenize
     if not written:
         why = f"no size fits {context} tokens" if spell else "add tokenizer.json, by which sizes are written"
         log.warning("%s: this model knows text alone, not pictures: %s", settings.source, why)
-    return Preset(Vocabulary(size, blocks, special), grammar(written))
+    more: dict[str, Any] = {"preprocessing": ImageProcessor(**SCALING, spatial_factor=step).to_json()}
+    if spell and (characters := spelled(spell)):
+        more["spelling"] = characters
+    return Preset(Vocabulary(size, blocks, special), grammar(written, **more))
 
 
-def grammar(shapes: list[dict[str, Any]]) -> dict[str, Any]:
-    """The declaration: pictures of these shapes, or text alone if there are none."""
+def grammar(shapes: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """The declaration: pictures of these shapes, or text alone if there are none; `more` is of pictures, too."""
     image = {
         "codebooks": ["image"],
         "open": [ROLES["begin"]],
@@ -121,6 +137,7 @@ def grammar(shapes: list[dict[str, Any]]) -> dict[str, Any]:
         "row_end": ROLES["row_end"],
         "close": [ROLES["last"], ROLES["end"]],
         "shapes": shapes,
+        **more,
     }
     control = {role: f"<{role}>" for role in ("bos", "turn", "eos", "pad")}
     modalities = {"text": {"block": "text"}} | ({"image": image} if shapes else {})
@@ -143,13 +160,23 @@ def sizes(step: int, context: int, spell: Callable[[str], list[int]]) -> list[di
     return [{"rows": rows, "columns": columns, "prefix": ids} for (rows, columns), ids in found.items()]
 
 
-def spelling(names: Mapping[str, int], text: JsonTextTokenizer | None) -> Callable[[str], list[int]] | None:
+def spelling(names: Mapping[str, int], text: PublicTextTokenizer | None) -> Callable[[str], list[int]] | None:
     """What gives the ids of a size, by the text tokenizer or by the ids of characters; None if neither is known."""
     if text is not None:
         return lambda size: text.ids[text.encode(size)].tolist()
     if set("0123456789*") <= names.keys():
         return lambda size: [names[character] for character in size]
     return None
+
+
+def spelled(spell: Callable[[str], list[int]]) -> dict[str, int]:
+    """The token of each character of a size, so that any can be written; none where some are joined, as "57" may be."""
+    found = {character: spell(character) for character in "0123456789*"}
+    sizes = (f"{number}*{number}" for number in range(1, LARGEST_SIDE))
+    apart = all(len(ids) == 1 for ids in found.values()) and all(
+        spell(size) == [found[character][0] for character in size] for size in sizes
+    )
+    return {character: ids[0] for character, ids in found.items()} if apart else {}
 
 
 def write(model: Model) -> dict[str, Any]:
@@ -196,6 +223,7 @@ FAMILY = Family(
     write=write,
     lacks=lacks,
     preset=preset,
+    image_processor_type="Emu3ImageProcessor",
     places=places,
     prefix=_PREFIX,
     other_prefixes=(_NEWER_PREFIX,),

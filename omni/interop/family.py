@@ -15,7 +15,7 @@ from omni.model import RopeScaling, TransformerConfig
 from omni.vocabulary import MULTIPLE, Vocabulary
 from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.errors import OmniError
-from omni_tokenizers.text_json import JsonTextTokenizer
+from omni_tokenizers.text_public import PublicTextTokenizer, public_text
 
 if TYPE_CHECKING:
     from omni.bundle import Model
@@ -51,10 +51,9 @@ class Preset:
     """Settings with which the family's own tools draw, name -> modality -> value."""
 
 
-def text_tokenizer(directory: epath.Path, ids: np.ndarray | None = None) -> JsonTextTokenizer | None:
-    """That of tokenizer.json, if it is there; `ids` as of `JsonTextTokenizer`."""
-    path = directory / TOKENIZER
-    return JsonTextTokenizer.from_file(path, ids) if path.exists() else None
+def text_tokenizer(directory: epath.Path, ids: np.ndarray | None = None) -> PublicTextTokenizer | None:
+    """That of tokenizer.json or tokenizer.model, if one is there; `ids` as of `PublicTextTokenizer`."""
+    return public_text(directory, ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +72,16 @@ class Family:
     """The content of a config.json."""
     lacks: Callable[[Model], str | None]
     """What of a model this family does not have; None where it can hold the model."""
-    preset: Callable[[Settings, TransformerConfig, JsonTextTokenizer | None], Preset]
+    preset: Callable[[Settings, TransformerConfig, PublicTextTokenizer | None], Preset]
     """Vocabulary and grammar, from a config.json and the text tokenizer if there is one."""
     places: Callable[[TransformerConfig, str], list[Place]]
     """Which tensor is which, for a configuration and a prefix of names."""
     holds: Callable[[Settings], bool] = lambda settings: True
     """Whether a config.json of this type is this family's; of several of one type the first that says so counts."""
-    text: Callable[[epath.Path, np.ndarray | None], JsonTextTokenizer | None] = text_tokenizer
+    text: Callable[[epath.Path, np.ndarray | None], PublicTextTokenizer | None] = text_tokenizer
     """The text tokenizer of a directory, if it has one, for these ids or all that are text."""
+    image_processor_type: str | None = None
+    """transformers' class that scales pictures."""
     prefix: str = "model."
     """What stands before the names of the transformer's tensors."""
     other_prefixes: tuple[str, ...] = ()
@@ -248,7 +249,7 @@ def llama_lacks(config: TransformerConfig, **fixed: Any) -> str | None:
 # Text alone
 
 
-def text_preset(settings: Settings, config: TransformerConfig, text: JsonTextTokenizer | None) -> Preset:
+def text_preset(settings: Settings, config: TransformerConfig, text: PublicTextTokenizer | None) -> Preset:
     """Documents of text alone: all published ids but control tokens are text, of a tokenizer's ids those it may give.
 
     A family may begin and end documents with one token. Padding that is no other control token keeps its id; the turn,
@@ -294,7 +295,7 @@ def with_new_ids(ids: dict[str, int], published: int, roles: Sequence[str]) -> i
     return -(-(published + len(new)) // MULTIPLE) * MULTIPLE if new else published
 
 
-def text_ids(published: int, text: JsonTextTokenizer | None, taken: list[int]) -> np.ndarray:
+def text_ids(published: int, text: PublicTextTokenizer | None, taken: list[int]) -> np.ndarray:
     """Ids that are text, int32 ascending: of the tokenizer's, or without one of all published, those not `taken`."""
     pieces = np.arange(published) if text is None else text.ids[text.ids < published]
     return np.setdiff1d(pieces, taken).astype(np.int32)

@@ -1,17 +1,54 @@
-"""Which ids of a published vocabulary are codes of pictures, for families that say it by name in config.json."""
+"""What families with pictures share: ids that are codes of pictures, by their names in config.json, and the files that
+say how pictures are scaled."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
+from etils import epath
 from jaxtyping import Int
 
+from omni.image_processor import ImageProcessor
+from omni_tokenizers.base import read_object
 from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.errors import OmniError
 
 PLACEHOLDER = "<image>"
 """A token of transformers' own, in whose place its processors put pictures; no document holds it."""
+
+PREPROCESSOR, NEWER_PREPROCESSOR = "preprocessor_config.json", "processor_config.json"
+"""Files of image processors; transformers 5 writes the second, where "image_processor" is the first."""
+
+
+def with_file(declaration: Mapping[str, Any], directory: epath.Path) -> Mapping[str, Any]:
+    """A family's grammar with what such a file in the directory says of the scaling of pictures.
+
+    Raises:
+      OmniError: the file asks for what is not supported, or for other sizes than the family has.
+    """
+    image, (values, source) = declaration["modalities"].get("image"), _file(directory)
+    if not values or "preprocessing" not in (image or {}):
+        return declaration
+    said = {name: value for name, value in values.items() if value is not None}
+    found = ImageProcessor.from_json(image["preprocessing"] | said, source)
+    usual = ImageProcessor.from_json(image["preprocessing"], source)
+    for name in ("side", "spatial_factor"):
+        if (own := getattr(found, name)) != getattr(usual, name):
+            words = "size and crop_size have" if name == "side" else f"{name} is"
+            raise OmniError(f"{source}: {words} {own}; config.json's pictures have {getattr(usual, name)}")
+    image = image | {"preprocessing": found.to_json()}
+    return declaration | {"modalities": declaration["modalities"] | {"image": image}}
+
+
+def _file(directory: epath.Path) -> tuple[Mapping[str, Any], str]:
+    """What the file of an image processor holds, and its name; nothing where there is none."""
+    if (path := directory / PREPROCESSOR).exists():
+        return read_object(path), str(path)
+    path = directory / NEWER_PREPROCESSOR
+    section = Settings(read_object(path) if path.exists() else {}, str(path)).section("image_processor")
+    return section.values, section.source
 
 
 def vocabulary_map(settings: Settings, published: int) -> dict[str, int]:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from etils import epath
 
 from omni_tokenizers.errors import OmniError
-from omni_tokenizers.text_json import LARGEST
+from omni_tokenizers.text_public import LARGEST
 
 LONGEST = 256
 """Bytes of a piece: the ways to cut it grow with them."""

@@ -12,7 +12,7 @@ from etils import epath
 from jaxtyping import Float, Int, UInt8
 
 from omni_tokenizers.errors import OmniError, UsageError
-from omni_tokenizers.text_json import JsonTextTokenizer
+from omni_tokenizers.text_public import PublicTextTokenizer
 
 if TYPE_CHECKING:
     from omni.bundle import Model
@@ -119,7 +119,7 @@ def _text(model: Model, directory: epath.PathLike) -> Check:
     import transformers
 
     ours = model.tokenizers.get("text")
-    if not isinstance(ours, JsonTextTokenizer):
+    if not isinstance(ours, PublicTextTokenizer):
         return Check("text", None, "no tokenizer of text lies there")
     try:
         theirs = transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True)

@@ -48,6 +48,18 @@ def test_sizes_are_text_elsewhere(released):
         released.annotate(np.array([151_849, 151_852, DIGITS["3"]]))
 
 
+def test_any_size_is_written_where_a_tokenizer_keeps_digits_apart(released):
+    """A picture that is read has the release's ids of its size; a tokenizer that joins two digits writes none so."""
+    assert released.layouts["image"].spelling == DIGITS
+    ids = released.prompt([Span("image", np.zeros((1, 57, 3), int), context=True)])
+    assert ids[1:7].tolist() == [151_852, *(DIGITS[character] for character in "57*3"), 151_851]
+
+    def joined(size: str) -> list[int]:
+        return [DIGITS.get(piece, 99) for piece in re.findall("57|.", size)]
+
+    assert emu3.spelled(joined) == {} and emu3.spelled(lambda size: [7, *joined(size)]) == {}
+
+
 def test_small_grids_are_drawn_whole():
     """Random weights draw grids of declared sizes, with ends of rows, whose ids parse; the parts are pictures."""
     stored = golden("emu3")

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import text_pieces
 from public_models import golden
 from text_json import SAMPLE, trained
 
@@ -20,15 +21,18 @@ from omni_tokenizers.text_json import JsonTextTokenizer
 PIECES = 400
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    """A golden Llama with as many rows as a small tokenizer has pieces, and that tokenizer."""
+@pytest.fixture(scope="module", params=["tokenizer.json", "tokenizer.model"])
+def directory(tmp_path_factory, request):
+    """A golden Llama with as many rows as a small tokenizer has pieces, and that tokenizer, by either file."""
     random, stored = np.random.default_rng(0), golden("llama tied")
     rows = {"model.embed_tokens.weight": random.normal(size=(PIECES, 16)).astype(np.float32)}
     config = stored.config | {"vocab_size": PIECES}
     path = tmp_path_factory.mktemp("llama")
     dataclasses.replace(stored, config=config, tensors=stored.tensors | rows).write(path)
-    (path / "tokenizer.json").write_text(trained(PIECES))
+    if request.param == "tokenizer.json":
+        (path / request.param).write_text(trained(PIECES))
+    else:
+        (path / request.param).write_bytes(text_pieces.trained(PIECES))
     return path
 
 
@@ -79,7 +83,8 @@ def test_the_tokenizer_goes_along(model, directory, tmp_path, way):
     settings = {"seed": 3, "max_tokens": 12, "temperature": 1.0}
     np.testing.assert_array_equal(again.generate(["a"], **settings).ids, model.generate(["a"], **settings).ids)
     if way == "export":
-        assert (tmp_path / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
+        (file,) = (name for name in ("tokenizer.json", "tokenizer.model") if (directory / name).exists())
+        assert (tmp_path / file).read_bytes() == (directory / file).read_bytes()
         assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 512
         assert open_directory(tmp_path).shape("model.embed_tokens.weight") == (512, 16)
 

@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch", reason="needs torch: pip install 'omni-any-
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'omni-any-to-any[parity]'")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "interop"))
+import text_pieces  # noqa: E402
 from chameleon_reference import forward, random_ranks  # noqa: E402
 from public_models import greedy_with_cache, largest_error  # noqa: E402
 from text_json import SAMPLE, trained, write_chameleon_names  # noqa: E402
@@ -26,6 +27,7 @@ from their_models import CASES, greedy, loaded, their_logits  # noqa: E402
 from omni.bundle import Model  # noqa: E402
 from omni.interop.verification import verify  # noqa: E402
 from omni_tokenizers.text_json import JsonTextTokenizer  # noqa: E402
+from omni_tokenizers.text_pieces import PieceTextTokenizer  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -141,6 +143,21 @@ def test_text_ids_equal_theirs(theirs, tmp_path):
     for text in SAMPLE:
         expected = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         assert mine.ids[mine.encode(text)].tolist() == expected
+
+
+def test_ids_of_a_sentencepiece_model_equal_theirs(theirs, tmp_path):
+    """The same of a tokenizer.model alone; but where a text begins with a space, transformers 5 takes that away."""
+    (tmp_path / "tokenizer.model").write_bytes(text_pieces.trained())
+    mine = PieceTextTokenizer.from_file(tmp_path / "tokenizer.model")
+    mine.write_original(tmp_path)
+    (tmp_path / "config.json").write_text((theirs("llama")[1] / "config.json").read_text())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in SAMPLE:
+        expected = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        if text.startswith(" "):
+            assert mine.ids[mine.encode(text[1:])].tolist() == expected and tokenizer.decode(expected) == text[1:]
+        else:
+            assert mine.ids[mine.encode(text)].tolist() == expected
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

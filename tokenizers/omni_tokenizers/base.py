@@ -41,6 +41,7 @@ TYPES = {
     "mimi": "omni_tokenizers.mimi:MimiTokenizer",
     "video": "omni_tokenizers.video:VideoTokenizer",
     "text_json": "omni_tokenizers.text_json:JsonTextTokenizer",
+    "text_pieces": "omni_tokenizers.text_pieces:PieceTextTokenizer",
     "text_sentencepiece": "omni_tokenizers.text:TextTokenizer",
 }
 

@@ -52,6 +52,13 @@ class GridTokenizer(NetTokenizer):
         x = np.asarray(x)
         if x.dtype != np.uint8:
             raise OmniError(f"images must be uint8 (0 to 255), got {x.dtype}; convert them first")
+        return self._codes(x)
+
+    def encode_values(self, x: Float[np.ndarray, "batch ... 3"]) -> Codes:
+        """As `encode`, of what the net sees of pixels: floating point, about within [-1, 1]."""
+        return self._codes(np.asarray(x, np.float32))
+
+    def _codes(self, x: np.ndarray) -> Codes:
         sizes = np.array(x.shape[1:-1], np.int32)
         if x.ndim - 2 not in [len(names) for names, _ in self.axes] or x.shape[-1] != 3 or not sizes.all():
             wanted = " or ".join(f"[batch, {', '.join(names)}, 3]" for names, _ in self.axes)

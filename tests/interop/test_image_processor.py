@@ -1,0 +1,154 @@
+"""How pictures are scaled: read from a checkpoint's files, kept with the model, sizes that are given and drawn."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from public_models import golden
+
+import omni
+from omni.grammar import Grammar, Span
+from omni.image_processor import ImageProcessor
+from omni.interop import chameleon, emu3
+from omni.parts import Image
+from omni.processor import Processor, given
+from omni_tokenizers.errors import OmniError
+
+SCALING = {"rescale_factor": 0.0078, "resample": 3, "image_mean": [3.0, -1.0, 0.5]}
+SQUARE = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}} | SCALING
+FREE = ImageProcessor(**emu3.SCALING | {"min_pixels": 16, "max_pixels": 200}, spatial_factor=2)
+NOISE = np.random.default_rng(0).integers(0, 256, (11, 24, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A golden Chameleon, with pictures of 8 x 8 pixels."""
+    return golden("chameleon").write(tmp_path / "chameleon")
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_the_file_says_how_pictures_are_scaled(directory, tmp_path, file):
+    """Either file of transformers counts, what it leaves out is the family's; saving and exporting keep it."""
+    usual = omni.load(directory)
+    assert usual.processor.image_processor == ImageProcessor(**chameleon.SCALING, side=8)
+    (directory / file).write_text(json.dumps({"image_processor": SQUARE} if file.startswith("proc") else SQUARE))
+    model = omni.load(directory)
+    expected = SCALING | {"image_mean": (3.0, -1.0, 0.5)}
+    assert model.processor.image_processor == dataclasses.replace(usual.processor.image_processor, **expected)
+    assert model.encode([Image(NOISE)]).tolist() != usual.encode([Image(NOISE)]).tolist()
+    model.save(tmp_path / "saved")
+    model.export(tmp_path / "exported")
+    for way in ("saved", "exported"):
+        again = omni.load(tmp_path / way)
+        assert again.grammar.hash == model.grammar.hash
+        np.testing.assert_array_equal(again.encode([Image(NOISE)]), model.encode([Image(NOISE)]))
+    exported = json.loads((tmp_path / "exported" / "preprocessor_config.json").read_text())
+    assert exported["image_processor_type"] == "ChameleonImageProcessor" and exported.items() >= SQUARE.items()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"do_resize": False}, "do_resize = False is not supported"),
+        ({"do_convert_rgb": False}, "do_convert_rgb = False is not supported"),
+        ({"do_center_crop": False}, "do_center_crop = False is not supported"),
+        ({"size": {"height": 8, "width": 8}}, "only a shortest_edge"),
+        ({"size": {"shortest_edge": 8, "longest_edge": 9}}, "only a shortest_edge"),
+        ({"size": {"shortest_edge": 9}}, "crop_size"),
+        ({"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}, "size and crop_size have 16"),
+        ({"crop_size": 8}, "crop_size"),
+        ({"resample": 6}, "resample is 6"),
+        ({"resample": "lanczos"}, "resample"),
+        ({"image_std": [1, 0, 1]}, "image_std"),
+        ({"image_mean": [1, 1]}, "three channels"),
+        ({"rescale_factor": float("nan")}, "finite"),
+        ({"min_pixels": 4, "max_pixels": 10**9, "spatial_factor": 2}, "do_center_crop = True"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(directory, values, message):
+    """One line with the file and the key."""
+    (directory / "preprocessor_config.json").write_text(json.dumps(values))
+    with pytest.raises(OmniError, match=message) as caught:
+        omni.load(directory)
+    assert "preprocessor_config.json: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_unknown_keys_are_ignored_aloud(directory, caplog):
+    """What transformers' processor would not look at either is named in the log; what is null says nothing."""
+    (directory / "preprocessor_config.json").write_text(json.dumps({"do_flip": True, "pad_size": None, "do_pad": True}))
+    omni.load(directory)
+    assert "do_flip is not known" in caplog.text and "pad" not in caplog.text
+
+
+def test_a_narrow_picture_is_refused_before_it_takes_memory():
+    """Of one row of pixels the square would need gigabytes; Emu3 has a bound of its own."""
+    line = Image(np.zeros((1, 30_000, 3), np.uint8))
+    with pytest.raises(OmniError, match="30000x1 pixels is too narrow"):
+        ImageProcessor(**chameleon.SCALING, side=512).resized(line)
+    with pytest.raises(OmniError, match="longer than 200 times"):
+        FREE.resized(line)
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory) -> Processor:
+    """Emu3's documents with three drawn sizes and pictures of 4 to 50 codes of 2 x 2 pixels."""
+    stored = golden("emu3")
+    names = stored.config["vocabulary_map"]
+    model = omni.load(stored.write(tmp_path_factory.mktemp("emu3")))
+    shapes = [
+        {"rows": rows, "columns": columns, "prefix": [names[character] for character in f"{rows}*{columns}"]}
+        for rows, columns in ((2, 2), (2, 3), (3, 2))
+    ]
+    more = {"preprocessing": FREE.to_json(), "spelling": {character: names[character] for character in "0123456789*"}}
+    grammar = Grammar(emu3.grammar(shapes, **more), model.vocabulary)
+    return Processor(model.vocabulary, grammar, {"image": model.tokenizers["image"]})
+
+
+def test_given_pictures_have_any_size_and_drawn_ones_those_of_the_grammar(processor):
+    """A picture of a prompt keeps its own grid; as a target it has the nearest of the sizes that are drawn."""
+    picture = Image(NOISE)
+    ((asked,), (drawn,)) = processor.spans([given([picture]), [picture]])
+    assert asked.codes.shape == (1, 4, 10) and drawn.codes.shape == (1, 2, 3)
+    prepared = processor.prepared(given([picture])[0])
+    assert (prepared.height, prepared.width) == (8, 20)
+    np.testing.assert_array_equal(processor.prepared(prepared).pixels, prepared.pixels)
+    parts = processor.parts([[asked, drawn]])[0]
+    assert [(part.height, part.width) for part in parts] == [(8, 20), (4, 6)]
+
+
+def test_given_sizes_are_read_as_they_are_written(processor):
+    """Packed, parsed and annotated alike, among spans of drawn sizes; never accepted as something to draw."""
+    grammar, draw = processor.grammar, np.random.default_rng(1)
+    spans = [
+        Span("image", draw.integers(16, size=(1, *size)), context=True) for size in ((5, 10), (2, 3), (1, 1), (7, 4))
+    ]
+    target = Span("image", draw.integers(16, size=(1, 3, 2)))
+    document = grammar.pack([*spans, target])
+    found = grammar.parse(document.ids)
+    for span, other in zip([*spans, target], found, strict=True):
+        np.testing.assert_array_equal(other.codes, span.codes)
+        assert other.context == span.context
+    own = grammar.annotate(grammar.pack([target]).ids)
+    np.testing.assert_array_equal(document.states[-len(own) + 1 :], own[1:])
+    length = len(document.ids)
+    assert (grammar.positions(document.states, np.arange(length))[:, 0] == np.arange(length)).all()
+    with pytest.raises(OmniError, match="writes no image of 5 x 10 codes"):
+        grammar.pack([dataclasses.replace(spans[0], context=False)])
+
+
+def test_damaged_spans_of_given_sizes_are_refused(processor):
+    """A code, an end of a row or a digit that is wrong, a size without its codes, a span inside of another."""
+    grammar = processor.grammar
+    ids = grammar.prompt([Span("image", np.arange(50).reshape(1, 5, 10) % 16, context=True)])
+    assert len(grammar.annotate(ids)) == len(ids)
+    wrong = [np.delete(ids, place) for place in (3, 8, 17, -2)]
+    wrong += [np.r_[ids[:place], ids[0], ids[place + 1 :]] for place in (2, 9, 17, len(ids) - 2)]
+    wrong += [ids[:20], np.r_[ids[:3], ids[1:]], np.r_[ids[:2], ids[2], ids[2:]]]
+    drawn = grammar.span_ids(Span("image", np.zeros((1, 2, 3), np.int32)))
+    wrong.append(np.r_[ids[0], drawn[:7], ids[1:]])
+    for each in wrong:
+        with pytest.raises(OmniError):
+            grammar.annotate(each)
+        with pytest.raises(OmniError):
+            grammar.parse(each)
