@@ -104,7 +104,8 @@ def test_guidance_is_theirs():
     grammar = Grammar(emu3_5.grammar(shapes), preset.vocabulary)
     prompts = omni.prompts.Prompts(omni.processor.Processor(preset.vocabulary, grammar, {}), 160, emu3_5.GENERATION)
     message = [Span("text", np.array([7, 8])), Span("image", np.arange(6).reshape(1, 2, 3))]
-    prepared = prompts.of_turns(omni.Request([], ["image"]), [omni.prompts.Turn(None, (), tuple(message))])
+    turn = omni.prompts.Turn(None, (omni.Text("x"), omni.Image(np.zeros((8, 8, 3), np.uint8))), tuple(message))
+    prepared = prompts.of_turns(omni.Request([], ["image"]), [turn])
     draw = np.random.default_rng(0)
     logits = {tuple(prepared.ids): draw.normal(size=448), tuple(grammar.prompt(message[1:])): draw.normal(size=448)}
     logits[tuple(grammar.prompt([]))] = draw.normal(size=448)
