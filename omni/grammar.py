@@ -16,7 +16,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -167,16 +167,25 @@ class Grammar:
         ids = self._checked(ids)
         if not len(ids) or ids[0] != self.control["bos"]:
             raise GrammarError("a document begins with bos")
-        states, tables = np.full(len(ids), self.tables.start, np.int32), self.tables
-        place = 1
+        rest = self._around_given(ids, 1, lambda state, run, first: self.follow(state, run, first=first))
+        return np.array([self.tables.start, *rest], np.int32)
+
+    def _around_given(
+        self,
+        ids: Int[np.ndarray, " tokens"],
+        place: int,
+        follow: Callable[[int, Int[np.ndarray, " tokens"], int], Sequence[int]],
+    ) -> list[int]:
+        """The states after the ids from a place on, where parts begin, by `follow` around spans that are given."""
+        states, tables = [], self.tables
         for start, end, modality in [*sorted(self._given(ids)), (len(ids), len(ids), 0)]:
-            states[place:start] = self.follow(int(states[place - 1]), ids[place:start], first=place)
-            if start < end and not tables.top[states[start - 1]]:
-                raise GrammarError(f"token {start} (id {int(ids[start])}) may not stand there")
-            # The tables know no span of such a size; nothing is drawn inside, so its tokens count as text does.
-            states[start:end] = tables.after_text
+            states += list(follow(states[-1] if states else tables.start, ids[place:start], place))
             if start < end:
-                states[end - 1] = np.flatnonzero(tables.closed == modality)[0]
+                if not tables.top[states[-1] if states else tables.start]:
+                    raise GrammarError(f"token {start} (id {int(ids[start])}) may not stand there")
+                # The tables know no span of such a size; nothing is drawn inside, so its tokens count as text does.
+                states += [tables.after_text] * (end - start - 1)
+                states.append(int(np.flatnonzero(tables.closed == modality)[0]))
             place = end
         return states
 
@@ -198,17 +207,21 @@ class Grammar:
         Raises:
           GrammarError: no ids, or a part that is not whole.
         """
+        states = self._around_given(self._checked(ids), 0, self._follow_chat)
+        if not states or not self.tables.top[states[-1]]:
+            raise GrammarError("a chat has tokens, and its last part is whole")
+        return np.array([*states[:-1], self.tables.after_turn], np.int32)
+
+    def _follow_chat(self, state: int, ids: Int[np.ndarray, " tokens"], first: int) -> list[int]:
+        """The state after each of some ids of a chat, the first of which stands at the place `first`."""
         tables, next_states, states = self.tables, self._next_states, []
-        state = tables.start
-        for index, symbol in enumerate(tables.class_of[self._checked(ids)].tolist()):
+        for index, symbol in enumerate(tables.class_of[ids].tolist()):
             found, between = next_states[state][symbol], tables.top[state]
             state = tables.start if between and found in (-1, tables.end) else found
             if state < 0:
-                raise GrammarError(f"token {index} (id {int(ids[index])}) may not stand there")
+                raise GrammarError(f"token {first + index} (id {int(ids[index])}) may not stand there")
             states.append(state)
-        if not states or not tables.top[state]:
-            raise GrammarError("a chat has tokens, and its last part is whole")
-        return np.array([*states[:-1], tables.after_turn], np.int32)
+        return states
 
     def follow(self, state: int | None, ids: Int[np.ndarray, " tokens"], first: int = 0) -> Int[np.ndarray, " tokens"]:
         """The state after each of some ids behind `state`, None for the beginning of a reply.

@@ -152,3 +152,21 @@ def test_damaged_spans_of_given_sizes_are_refused(processor):
             grammar.annotate(each)
         with pytest.raises(OmniError):
             grammar.parse(each)
+
+
+def test_chats_hold_pictures_of_given_sizes(processor):
+    """Between what is said, a picture of any size stands as one of a drawn size does; a damaged one is refused."""
+    grammar, text = processor.grammar, int(processor.vocabulary.block("text")[0])
+    given_, drawn = (
+        grammar.span_ids(Span("image", np.zeros((1, *size), np.int32), context=True)) for size in ((5, 10), (2, 3))
+    )
+    for begin in ([], [text], [grammar.control["bos"], text]):  # what no document has between its parts
+        after_given, after_drawn = (
+            grammar.annotate_chat(np.r_[begin, ids, grammar.control["eos"], text].astype(np.int32))[
+                len(begin) + len(ids) - 1 :
+            ]
+            for ids in (given_, drawn)
+        )
+        np.testing.assert_array_equal(after_given, after_drawn)
+    with pytest.raises(OmniError):
+        grammar.annotate_chat(np.delete(given_, 12))
