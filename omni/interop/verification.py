@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int, UInt8
 
+from omni.parts import Image
 from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.text_public import PublicTextTokenizer
 
@@ -19,10 +20,14 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4
 """Largest difference of a logit, as a share of the largest logit."""
+SAME_VALUE = 1e-6
+"""Largest difference of a value of a scaled picture."""
 SAME_CODES = 0.99
 """Share of a picture's codes that must be the same: where two codes are about equally near, rounding decides."""
 SHAPES = ((1, 1), (3, 7), (1, 48))
 """Batches and lengths of ids for which logits are compared."""
+_SAFE = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing is downloaded, and no code of the directory is run."""
 PIXELS = 64
 """Rows and columns of the picture whose codes are compared."""
 TEXTS = (
@@ -63,6 +68,7 @@ def verify(model: Model, directory: epath.PathLike) -> Iterator[Check]:
     theirs = _theirs(directory)
     yield _logits(model, theirs)
     yield _text(model, directory)
+    yield _pixels(model, directory)
     yield _codes(model, theirs)
 
 
@@ -81,12 +87,11 @@ def _theirs(directory: epath.PathLike) -> Any:
     except ImportError as error:
         needed = f"--verify compares with transformers, and {error.name} is missing"
         raise UsageError(f"{needed}: pip install 'omni-any-to-any[parity]'") from None
-    options = {"local_files_only": True, "trust_remote_code": False}
     try:
-        config = transformers.AutoConfig.from_pretrained(str(directory), **options)
+        config = transformers.AutoConfig.from_pretrained(str(directory), **_SAFE)
         pictured = type(config) in transformers.AutoModelForImageTextToText._model_mapping
         kind = transformers.AutoModelForImageTextToText if pictured else transformers.AutoModelForCausalLM
-        model = kind.from_pretrained(str(directory), use_safetensors=True, dtype=torch.float32, **options)
+        model = kind.from_pretrained(str(directory), use_safetensors=True, dtype=torch.float32, **_SAFE)
     except (ValueError, KeyError, OSError) as error:
         line = str(error).strip().splitlines()[0]
         raise UsageError(
@@ -122,7 +127,7 @@ def _text(model: Model, directory: epath.PathLike) -> Check:
     if not isinstance(ours, PublicTextTokenizer):
         return Check("text", None, "no tokenizer of text lies there")
     try:
-        theirs = transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        theirs = transformers.AutoTokenizer.from_pretrained(str(directory), **_SAFE)
     except (ValueError, KeyError, OSError) as error:
         return Check("text", None, f"transformers does not load the tokenizer ({str(error).splitlines()[0]})")
     options = {"add_special_tokens": False, "split_special_tokens": True}
@@ -136,6 +141,25 @@ def _text(model: Model, directory: epath.PathLike) -> Check:
     wrong = [text for text in TEXTS if not same(text)]
     found = f"ids of {len(TEXTS) - len(wrong)} of {len(TEXTS)} texts are the same"
     return Check("text", not wrong, found + (f"; not those of {wrong[0]!r}" if wrong else ""))
+
+
+def _pixels(model: Model, directory: epath.PathLike) -> Check:
+    import transformers
+
+    name, processor = "pixels of a picture", model.processor.image_processor
+    if processor is None or "image" not in model.tokenizers:
+        return Check(name, None, "this model scales pictures by no family's settings")
+    try:
+        theirs = transformers.AutoImageProcessor.from_pretrained(str(directory), use_fast=False, **_SAFE)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        return Check(name, None, f"transformers does not load the processor ({str(error).splitlines()[0]})")
+    picture = Image(np.ascontiguousarray(_picture(3 * PIXELS)[: 2 * PIXELS]))
+    ours = processor.values(processor.resized(picture).pixels[None])[0]
+    expected = np.asarray(theirs(picture.to_pil(), return_tensors="np")["pixel_values"])[0].transpose(1, 2, 0)
+    if ours.shape != expected.shape:
+        return Check(name, False, f"they are {ours.shape[:2]}, and {expected.shape[:2]} there")
+    error = float(np.abs(ours - expected).max())
+    return Check(name, error <= SAME_VALUE, f"largest difference of a value {error:.1e}, of at most {SAME_VALUE:.0e}")
 
 
 def _codes(model: Model, theirs: Any) -> Check:

@@ -17,6 +17,8 @@ from omni_tokenizers import weights
 torch = pytest.importorskip("torch", reason="needs torch: pip install 'omni-any-to-any[parity]'")
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'omni-any-to-any[parity]'")
 
+from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil  # noqa: E402
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "interop"))
 import text_pieces  # noqa: E402
 from chameleon_reference import forward, random_ranks  # noqa: E402
@@ -25,6 +27,7 @@ from text_json import SAMPLE, trained, write_chameleon_names  # noqa: E402
 from their_models import CASES, greedy, loaded, their_logits  # noqa: E402
 
 from omni.bundle import Model  # noqa: E402
+from omni.image_processor import ImageProcessor  # noqa: E402
 from omni.interop.verification import verify  # noqa: E402
 from omni_tokenizers.text_json import JsonTextTokenizer  # noqa: E402
 from omni_tokenizers.text_pieces import PieceTextTokenizer  # noqa: E402
@@ -188,9 +191,10 @@ def test_import_verifies_what_a_user_has(tmp_path, run, monkeypatch):
     (source / "tokenizer.json").write_text(trained())
     code, out, err = run("import", source, tmp_path / "ours", "--verify", "--dtype", "bfloat16")
     assert code == 0, err
-    assert [line.split()[:2] for line in out.splitlines()[:3]] == [
+    assert [line.split()[:2] for line in out.splitlines()[:4]] == [
         ["pass", "logits"],
         ["pass", "text"],
+        ["none", "pixels"],
         ["none", "codes"],
     ]
     assert omni.load(tmp_path / "ours").config.compute_dtype == "bfloat16"
@@ -202,15 +206,41 @@ def test_import_verifies_what_a_user_has(tmp_path, run, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["chameleon", "emu3"])
-def test_import_verifies_codes_of_pictures(name, theirs, tmp_path):
-    """Codes of a picture are theirs, and where the codebook is another the check says so."""
-    _, directory = theirs(name)
-    ours = omni.load(directory)
-    assert [(check.name, check.passed) for check in verify(ours, directory)] == [
-        ("logits", True), ("text", None), ("codes of a picture", True)
-    ]  # fmt: skip
-    source = shutil.copytree(directory, tmp_path / "other")
+def test_import_verifies_pictures(name, theirs, tmp_path, monkeypatch):
+    """Pixels and codes of a picture are theirs, and where scaling or the codebook is another the check says so."""
+    source = shutil.copytree(theirs(name)[1], tmp_path / "source")
+    if name == "chameleon":  # the context of this Emu3 holds no picture of any size, so that it scales none
+        square = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+        ChameleonImageProcessorPil(**square).save_pretrained(source)
+    ours, scales = omni.load(source), True if name == "chameleon" else None
+
+    def found() -> dict:
+        return {check.name: check.passed for check in verify(ours, source)}
+
+    assert found() == {"logits": True, "text": None, "pixels of a picture": scales, "codes of a picture": True}
+    values = ImageProcessor.values
+    monkeypatch.setattr(ImageProcessor, "values", lambda self, pixels: values(self, pixels) + np.float32(1e-4))
+    assert found()["pixels of a picture"] is (scales and False)
     tensors = weights.read(source / "model.safetensors")
     (codebook,) = (key for key in tensors if key.endswith("quantize.embedding.weight"))
     weights.write(source / "model.safetensors", tensors | {codebook: tensors[codebook][::-1].copy()})
-    assert not next(check for check in verify(ours, source) if check.name == "codes of a picture").passed
+    assert found()["codes of a picture"] is False
+
+
+def test_import_verifies_text_without_running_code(tmp_path, monkeypatch):
+    """Other ids of a text are seen; code that lies in the directory is not run, whatever its files say."""
+    source = tmp_path / "source"
+    source.mkdir()
+    dataclasses.replace(CASES["llama"], settings=CASES["llama"].settings | {"vocab_size": 400}).write(source)
+    (source / "tokenizer.json").write_text(trained())
+    ours = omni.load(source)
+    content = json.loads(trained())
+    content["normalizer"] = {"type": "Lowercase"}
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    assert {check.name: check.passed for check in verify(ours, source)}["text"] is False
+    (source / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    settings = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers asks before it runs such code
+    list(verify(ours, source))
+    assert not (tmp_path / "ran").exists()
