@@ -194,7 +194,8 @@ class MusicGen:
             raise OmniError("this MusicGen came without its codec, audio_encoder: call codes, and decode them with one")
         if not 0 < seconds < math.inf:
             raise UsageError(f"seconds is a time above 0, not {seconds!r}")
-        frames = math.ceil(seconds * self.codec.sample_rate / self.codec.samples_per_frame)
+        # Rounded first: 8.06 s are 403 frames of 20 ms, and no 404th for what floats leave behind the point.
+        frames = math.ceil(round(seconds * self.codec.sample_rate / self.codec.samples_per_frame, 6))
         codes = self.codes(states, mask, frames=frames, **settings)
         sides = [self.codec.decode(codes[:, side :: self.config.channels]) for side in range(self.config.channels)]
         return [Audio(sound, self.codec.sample_rate) for sound in np.concatenate(sides, axis=1)]
@@ -205,9 +206,12 @@ class MusicGen:
         width = self.config.dim if projection is None else len(projection)
         if states.ndim != 3 or states.shape[-1] != width or states.dtype.kind != "f" or not states.size:
             raise UsageError(f"states are floats [batch, source, {width}], got {states.dtype} {list(states.shape)}")
+        if not np.isfinite(states).all():
+            raise UsageError("states hold values that are not finite")
         mask = np.ones(states.shape[:2], bool) if mask is None else np.asarray(mask)
         if mask.shape != states.shape[:2] or mask.dtype.kind not in "biu":
-            raise UsageError(f"mask is [batch, source] as states are, {list(states.shape[:2])}, got {list(mask.shape)}")
+            wanted, got = f"bool {list(states.shape[:2])} as states are", f"{mask.dtype} {list(mask.shape)}"
+            raise UsageError(f"mask is [batch, source], {wanted}, got {got}")
         return jnp.asarray(states, jnp.float32), jnp.asarray(mask.astype(bool))
 
 

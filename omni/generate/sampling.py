@@ -30,7 +30,7 @@ def sample(
 
     Args:
       keys: one per row.
-      temperature: 0 takes the likeliest id, the first of equals.
+      temperature: 0 takes the likeliest id, of equals (within 6e-8 of a logit) the first.
       top_k: only the k likeliest ids (and their equals), 0 for all.
       top_p: nucleus (Holtzman et al. 2019, arXiv:1904.09751), after top-k: the fewest ids that have this share.
       min_p: after top-p (Nguyen et al. 2024, arXiv:2407.01082): only ids at least this share as likely as the
@@ -66,7 +66,7 @@ def weigh(
     weights = jnp.where(admitted, weights, 0)  # an infinite scale would make -inf / inf, which is NaN
     weights = jax.lax.cond(jnp.any(top_k > 0), keep_top_k, lambda weights, _: weights, weights, top_k)
     weights = jax.lax.cond(jnp.any(top_p < 1), keep_top_p, lambda weights, _: weights, weights, top_p)
-    floor = jnp.where(temperature > 0, min_p, jnp.max(weights, axis=-1))
+    floor = jnp.where(temperature > 0, min_p, 1) * jnp.max(weights, axis=-1)
     return jnp.where(weights >= floor[:, None], weights, 0)
 
 

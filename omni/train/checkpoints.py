@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import difflib
 import logging
+import os
 import time
 from typing import Any
 
@@ -29,6 +30,8 @@ from omni.train.step import TrainState
 from omni_tokenizers.errors import OmniError, UsageError
 
 logger = logging.getLogger(__name__)
+REMOVED = "removed."
+"""Beginning of the names of folders that are being removed."""
 DAMAGED = "damaged"
 """Folder of a run in which damaged steps stay."""
 
@@ -196,6 +199,8 @@ def _remove_unfinished(directory: epath.Path, seconds: float = 10.0) -> None:
     """
     give_up = time.monotonic() + seconds
     for path in directory.glob(f"*{ocp.path.atomicity.TMP_DIR_SUFFIX}*") if directory.exists() else ():
+        if "://" not in os.fspath(path) and not path.name.startswith(REMOVED):
+            path = path.rename(path.with_name(REMOVED + path.name))  # so that nobody commits what is half removed
         while path.exists() and time.monotonic() < give_up:
             try:
                 path.rmtree()

@@ -77,6 +77,10 @@ def test_wrong_arguments_are_named(music, given):
         music.codes(given[0][..., :8], frames=2)
     with pytest.raises(UsageError, match="mask is"):
         music.codes(given[0], given[1][:2], frames=2)
+    with pytest.raises(UsageError, match=r"mask is .* got float64"):
+        music.codes(given[0], given[1].astype(float), frames=2)
+    with pytest.raises(UsageError, match="not finite"):
+        music.codes(given[0] * np.nan, frames=2)
     with pytest.raises(UsageError, match="codes"):
         music.logits(np.full((3, 4, 2), 21), *given)
     with pytest.raises(OmniError, match="codec"):

@@ -98,3 +98,17 @@ def test_a_value_too_large_for_a_type_is_named(tmp_path):
     with pytest.raises(OmniError, match="'int4'"):
         write_file(tmp_path / "y", {"a": (1,)}, [], "int4")
     assert not (tmp_path / "y").exists()
+
+
+def test_a_file_stays_what_it_was_where_another_cannot_be_written(tmp_path):
+    """A value that does not fit, and tensors in another order than was said: the file of before is still there."""
+    shapes, values = {"a": (2,), "b": (2,)}, {"a": np.float32([1, 2]), "b": np.float32([3, 4])}
+    write_file(tmp_path / "x", shapes, values.items(), "float16")
+    before = (tmp_path / "x").read_bytes()
+    with pytest.raises(OmniError, match="'b' does not fit"):
+        write_file(tmp_path / "x", shapes, (values | {"b": np.float32([1e9, 1])}).items(), "float16")
+    with pytest.raises(ValueError, match="'b'"):
+        write_file(tmp_path / "x", shapes, reversed(values.items()), "float16")
+    with pytest.raises(ValueError, match="'a'"):
+        write_file(tmp_path / "x", {"a": (1, 2), "b": (2,)}, values.items(), "float16")
+    assert (tmp_path / "x").read_bytes() == before

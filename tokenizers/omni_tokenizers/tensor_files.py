@@ -154,11 +154,16 @@ def write_file(
     }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that tensors begin at a multiple of 8 bytes
-    with epath.Path(path).open("wb") as file:
+    path = epath.Path(path)
+    partial = path.with_name(f"{path.name}.partial")  # what was there before stays until all of this is written
+    with partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, value in tensors:
+        for (name, shape), (given, value) in zip(shapes.items(), tensors, strict=True):
+            if (given, value.shape) != (name, shape):
+                raise ValueError(f"{given!r} {value.shape} comes where {name!r} {shape} was said to")
             stored = weights.rounded({name: value}, dtype)[name]
             file.write(np.ascontiguousarray(stored).reshape(-1).view(np.uint8).data)
+    partial.replace(path)
 
 
 def write_directory(
