@@ -2,15 +2,18 @@
 
 import json
 import sys
+import time
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from text_json import SAMPLE, SPECIAL, THINK, trained
 
 import omni_tokenizers
 import tokenizers
 from omni_tokenizers.errors import OmniError
-from omni_tokenizers.text_json import JsonTextTokenizer
+from omni_tokenizers.text_json import JsonTextTokenizer, Names
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,26 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
     tokenizer = JsonTextTokenizer(trained().encode())
     with pytest.raises(OmniError, match=r"pip install 'omni-any-to-any\[checkpoints\]'"):
         tokenizer.encode("a")
+
+
+@settings(max_examples=200, deadline=None)
+@given(names=st.lists(st.text("ab<", max_size=4)), text=st.text("ab<", min_size=1, max_size=12))
+def test_the_longest_name_is_found(names, text):
+    """At each place, that of all names which begin there; an empty one is none."""
+    found = Names(names)
+    for place in range(len(text)):
+        begun = [name for name in names if name and text.startswith(name, place)]
+        assert found.at(text, place) == max(begun, key=len, default=None)
+
+
+@pytest.mark.parametrize("ends", ["", ">"])
+def test_strange_names_take_no_long_time(ends):
+    """Thousands of names of as many lengths, in texts that could begin with any of them."""
+    names = Names(["<" * length + ends for length in range(1, 3000)])
+    begun = time.monotonic()
+    for text in ("<" * 5000, "<" * 1000 + "z"):
+        names.broken([text])
+    assert time.monotonic() - begun < 4
 
 
 @pytest.mark.parametrize(

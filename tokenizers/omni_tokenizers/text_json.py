@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import json
@@ -22,15 +23,26 @@ class Names:
     """Finds names of tokens in text, the longest where several begin."""
 
     def __init__(self, names: Collection[str]):
-        self._names, self._first = frozenset(names), {name[0] for name in names if name}
-        self._lengths = sorted({len(name) for name in names}, reverse=True)
+        self._names = sorted({name for name in names if name})
+        self._first, self._longest = {name[0] for name in self._names}, max(map(len, self._names), default=0)
+        self._shorter: dict[str, str | None] = {}  # of each name the longest other that it begins with
+        begun: list[str] = []
+        for name in self._names:
+            while begun and not name.startswith(begun[-1]):
+                begun.pop()
+            self._shorter[name] = begun[-1] if begun else None
+            begun.append(name)
 
     def at(self, text: str, place: int) -> str | None:
         """The name that begins at a place; None if none does."""
         if text[place] not in self._first:
             return None
-        found = (text[place : place + length] for length in self._lengths)
-        return next((name for name in found if name in self._names), None)
+        # Sorted, names that the text here begins with are the last one before it, or what that one begins with.
+        last = bisect.bisect_right(self._names, text[place : place + self._longest])
+        name = self._names[last - 1] if last else None
+        while name is not None and not text.startswith(name, place):
+            name = self._shorter[name]
+        return name
 
     def broken(self, texts: Sequence[str]) -> list[str]:
         """Texts that may come to stand one behind the other, with `BREAK` in every name, also in those that only all of
@@ -81,11 +93,10 @@ class JsonTextTokenizer(PublicTextTokenizer):
         content, plain = json.loads(self._model), dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
         listed = set(self._added)
         missing = {name: id for name, id in self.control.items() if name not in listed}
-        added = [{"id": id, "content": name} | plain for name, id in missing.items()]
+        added = [{"id": id, "content": name, "special": True} | plain for name, id in missing.items()]
         added = [*(content.get("added_tokens") or []), *added]
-        for token in added:
-            if token["content"] in self.control:  # behind the normalizer a name would be found without its break
-                token |= {"special": True, "normalized": False}
+        for token in added:  # behind the normalizer a name would be found without its break
+            token |= {"special": token["special"] or token["content"] in self.control, "normalized": False}
         cleaned = [{"type": "Replace", "pattern": {"String": BREAK}, "content": ""}, content.get("normalizer")]
         normalizer = {"type": "Sequence", "normalizers": [each for each in cleaned if each]}
         return _made(content | {"added_tokens": added, "normalizer": normalizer})
