@@ -276,13 +276,15 @@ def control_ids(settings: Settings, published: int) -> dict[str, int]:
     ids: dict[str, int] = {}
     for role in ("bos", "eos", "pad"):
         value = settings.values.get(f"{role}_token_id")
-        values = dict.fromkeys(value) if role == "eos" and isinstance(value, list) else [value]
+        given = value if role == "eos" and isinstance(value, list) else [value]
+        values = [each for each in given if each not in (None, -1)]
+        for each in values:
+            if type(each) is not int or not 0 <= each < published:
+                raise OmniError(f"{settings.source}: {role}_token_id = {each!r} is no id below {published}")
+        values = list(dict.fromkeys(values))
         for number, value in enumerate(values, start=1):
-            if value is None or value == -1 or (value in ids.values() and (role == "pad" or number > 1)):
-                continue
-            if type(value) is not int or not 0 <= value < published:
-                raise OmniError(f"{settings.source}: {role}_token_id = {value!r} is no id below {published}")
-            ids[role if number == 1 else f"{role} {number}"] = value
+            if value not in ids.values() or (role != "pad" and number == 1):
+                ids[role if number == 1 else f"{role} {number}"] = value
         if role == "eos" and len(values) > 1:
             log.warning("%s: of several eos_token_id one, %s, ends replies here", settings.source, ids["eos"])
     return ids

@@ -16,10 +16,12 @@ from public_models import NAMES, golden, greedy_with_cache, largest_error
 
 import omni
 import omni_tokenizers
+from omni.interop.family import control_ids
 from omni.model import RopeScaling
 from omni.sharding import MeshConfig
 from omni.tokenizer_tools import is_tokenizer
 from omni_tokenizers import weights
+from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.tensor_files import INDEX, MODEL, TensorFiles, open_directory, write_directory
 
 TOLERANCE = 1e-4
@@ -300,6 +302,7 @@ def cut(directory):
         (change_config(hidden_size="wide"), "hidden_size = 'wide' is not of the type"),
         (change_config(num_attention_heads=0), "heads is 0"),
         (change_config(bos_token_id=96), "bos_token_id = 96 is no id below 96"),
+        (change_config(eos_token_id=[[2], 3]), r"eos_token_id = \[2\] is no id below 96"),
         (change_config(eos_token_id=[True]), "eos_token_id = True is no id"),
         (change_config(num_hidden_layers=3), r"'model.layers.2.\S+' is missing; config.json has 3 layers"),
         (change_config(num_hidden_layers=10**12), "config.json has 1000000000000 layers"),
@@ -379,6 +382,13 @@ def test_of_several_ends_the_first_counts(tmp_path, caplog):
     assert model.grammar.control["eos"] == 1 and not {1, 5, 7} & set(model.vocabulary.block("text").tolist())
     model.export(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == [1, 5, 7]
+
+
+@pytest.mark.parametrize("none", [None, -1])
+def test_ends_that_are_none_count_for_nothing(none):
+    """Nor those that are there twice."""
+    found = control_ids(Settings({"eos_token_id": [none, 3, 3, 5]}, "config.json"), 96)
+    assert found == {"eos": 3, "eos 2": 5}
 
 
 def test_an_export_into_an_older_one_is_the_new_one(models, tmp_path):
