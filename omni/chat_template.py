@@ -20,7 +20,7 @@ from etils import epath
 
 from omni.messages import Message
 from omni.parts import Text
-from omni.sandbox import compile_template
+from omni.sandbox import FIRST_SIGN, compile_template
 from omni_tokenizers.base import LARGEST_CHECKPOINT_CONFIG, read_object
 from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.text_json import BREAK, JsonTextTokenizer, Names
@@ -28,7 +28,6 @@ from omni_tokenizers.text_json import BREAK, JsonTextTokenizer, Names
 SOURCE, TOKENS = "chat_template.jinja", "chat_tokens.json"
 SETTINGS = "tokenizer_config.json"
 LARGEST = 1 << 20  # bytes of a template; those of large models have some ten thousand
-FIRST_SIGN = "\U0010f000"
 _SIGN = re.compile(f"([{FIRST_SIGN}-{chr(ord(BREAK) - 1)}])")
 _STANDARD = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _PROBE = "words of a probe"
@@ -107,7 +106,7 @@ class ChatTemplate:
 
 
 @dataclass(frozen=True)
-class Place:
+class MediaPlaceholder:
     """Where in a rendered chat the next part of a modality stands."""
 
     modality: str
@@ -126,18 +125,22 @@ class ChatRenderer:
           OmniError: it is no template.
         """
         self._tokens, self._frame, self._control = template.tokens, template.frame, tokenizer.control
-        places = {self._tokens.get(f"{each}_token", f"<{each}>"): Place(each) for each in modalities}
-        self._known: dict[str, int | Place] = {**tokenizer.control, **places}  # what each name means
+        places = {self._tokens.get(f"{each}_token", f"<{each}>"): MediaPlaceholder(each) for each in modalities}
+        self._known: dict[str, int | MediaPlaceholder] = {**tokenizer.control, **places}  # what each name means
         self._names, self._signs = Names(self._known), {}
-        self._meant: dict[str, int | Place] = {}  # what each sign does
+        self._meant: dict[str, int | MediaPlaceholder] = {}  # what each sign does
         self._place = {place.modality: self._sign(name) for name, place in places.items()}
         self._written: set[str] = set()
         added = Names([name for name in tokenizer.added if not name.isspace()])
         self._render = compile_template(template.source, lambda text: self._rewritten(text, added))
+        self._variables = {
+            name: self._rewritten(token, added if name in template.source else Names(()))
+            for name, token in self._tokens.items()
+        }
         self._typed = {role: Names({*self._known, *self._written}) for role in ("system", "user")}
         self._typed["assistant"] = self._names
 
-    def pieces(self, messages: Sequence[Message], reply_follows: bool = True) -> list[str | int | Place]:
+    def pieces(self, messages: Sequence[Message], reply_follows: bool = True) -> list[str | int | MediaPlaceholder]:
         """A chat as text, ids of control tokens, and the places of the messages' other parts, in order.
 
         In the text, names of control tokens are broken (`omni_tokenizers.text_json.BREAK`); in what users and systems
@@ -188,9 +191,8 @@ class ChatRenderer:
         return "".join(found)
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]], reply_follows: bool) -> str:
-        tokens = {name: self._rewritten(token, Names(())) for name, token in self._tokens.items() if name in _STANDARD}
         more = {"tools": None, "documents": None, "add_generation_prompt": reply_follows}
-        return self._render({"messages": messages, **more, **tokens})
+        return self._render({**self._variables, "messages": messages, **more})
 
     # What messages say
 
@@ -239,14 +241,21 @@ def _default(found: Any, path: epath.Path) -> str | None:
         if found is None:
             log.warning("%s: none of its chat templates is called default, so none is used", path)
             return None
-    if not isinstance(found, str) or len(found) > LARGEST:
-        raise OmniError(f"{path}: chat_template is no string of at most {LARGEST} characters, nor a list of them")
+    if not isinstance(found, str):
+        raise OmniError(f"{path}: chat_template is no string, nor a list of templates by name")
+    try:
+        size = len(found.encode())
+    except UnicodeEncodeError as error:
+        raise OmniError(f"{path}: chat_template is not valid Unicode ({error.reason})") from None
+    if size > LARGEST:
+        raise OmniError(f"{path}: chat_template is larger than {LARGEST} bytes")
     return found
 
 
 def _names(settings: Mapping[str, Any]) -> dict[str, str]:
     """Names of tokens, which stand as strings or as objects with "content"."""
-    extra = settings.get("extra_special_tokens")
-    named = (settings | extra if isinstance(extra, dict) else settings).items()
-    found = {key: value.get("content") if isinstance(value, dict) else value for key, value in named}
-    return {key: value for key, value in found.items() if key.endswith("_token") and isinstance(value, str)}
+    named = {key: value for key, value in settings.items() if key.endswith("_token")}
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):
+        named |= more if isinstance(more := settings.get(key), dict) else {}
+    found = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+    return {key: value for key, value in found.items() if isinstance(value, str)}

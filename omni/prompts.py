@@ -10,8 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from omni.chat_template import ChatRenderer, ChatTemplate, Place
-from omni.generate import PreparedRequest, Shadow, guidance_shadows, is_whole, per_modality, wanted_modalities
+from omni.chat_template import ChatRenderer, ChatTemplate, MediaPlaceholder
+from omni.generate import (
+    PreparedRequest,
+    Shadow,
+    guidance_shadows,
+    is_whole,
+    per_modality,
+    unconditional_shadow,
+    wanted_modalities,
+)
 from omni.grammar import Span
 from omni.messages import Message, are_messages, read_messages
 from omni.parts import Part
@@ -161,7 +169,7 @@ class Prompts:
             log_probabilities=request.log_probabilities,
             stop_tokens=stop_tokens,
             stop=functools.partial(stop_place, self.processor, stop) if stop.strings else None,
-            shadows=self._shadows(request, turns, ids, settings["guidance"]),
+            shadows=self._shadows(request, turns, ids, want, settings["guidance"]),
             is_chat=self._is_chat(turns),
         )
 
@@ -170,15 +178,27 @@ class Prompts:
         request: Request,
         turns: Sequence[Turn],
         ids: Int[np.ndarray, " tokens"],
+        want: tuple[int, ...] | None,
         guidance: Float[np.ndarray, " modalities"],
     ) -> tuple[Shadow, ...]:
+        """Those that weigh something where the reply may be; no other is written, as a template may refuse it."""
         media_guidance = self._setting(request, "media_guidance", guidance)
-        if (guidance == 1).all() and (media_guidance == 1).all():
-            return ()
+        if want is not None:
+            reached = np.isin(np.arange(len(guidance)), [0, *want])
+            guidance, media_guidance = (np.where(reached, each, np.float32(1)) for each in (guidance, media_guidance))
         without_text = [turn.without_text for turn in turns]
         empty = [Turn("user" if self._is_chat(turns) else None, (), ())]
-        media = without_text if any(turn.spans for turn in without_text) else empty
-        return guidance_shadows(ids, self._ids(media), self._ids(empty), guidance, media_guidance)
+        if np.array_equal(guidance, media_guidance) or not any(turn.spans for turn in without_text):
+            return () if (guidance == 1).all() else unconditional_shadow(self._shadow_ids(empty), guidance)
+        nothing = ids[:0] if (media_guidance == 1).all() else self._shadow_ids(empty)
+        return guidance_shadows(ids, self._shadow_ids(without_text), nothing, guidance, media_guidance)
+
+    def _shadow_ids(self, turns: Sequence[Turn]) -> Int[np.ndarray, " tokens"]:
+        try:
+            return self._ids(turns)
+        except OmniError as error:
+            message = "guidance and media_guidance weigh against a prompt without what was said; 1 asks for none"
+            raise OmniError(f"{error} ({message})") from None
 
     # Ids
 
@@ -200,7 +220,7 @@ class Prompts:
         spans = [span for turn in turns for span in turn.spans]
         given = {name: [span for span in spans if span.modality == name] for name in grammar.modalities[1:]}
         for name, parts in given.items():
-            if (places := pieces.count(Place(name))) != len(parts):
+            if (places := pieces.count(MediaPlaceholder(name))) != len(parts):
                 raise OmniError(f"the messages hold {name} {len(parts)} times, and the chat template shows {places}")
         following = {name: iter(parts) for name, parts in given.items()}
         between = [  # control tokens and parts, which text stands around
@@ -217,7 +237,10 @@ class Prompts:
     def _renderer(self) -> ChatRenderer:
         tokenizer = self.processor.tokenizer("text")
         if not isinstance(tokenizer, JsonTextTokenizer):
-            raise OmniError("a chat template needs a text tokenizer that is a tokenizer.json, and this model has none")
+            raise OmniError(
+                "a chat template needs a text tokenizer that is a tokenizer.json, and this model has none: add "
+                "tokenizer.json to the checkpoint, or remove its chat template"
+            )
         return ChatRenderer(self.chat_template, tokenizer, self.grammar.modalities[1:])
 
     def _setting(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,10 @@ from omni_tokenizers.errors import OmniError
 
 SECONDS, CHARACTERS, BITS = 30.0, 1 << 24, 1 << 16
 """Most that a template may take, put out, and have in one number."""
+
+FIRST_SIGN = "\U0010f000"
+"""From here on characters are no letters but stand for tokens and breaks (`omni.chat_template`), also within JSON."""
+_LETTERS = re.compile(f"[^\0-\x7f{FIRST_SIGN}-\U0010ffff]+")  # beyond ASCII
 
 Render = Callable[[Mapping[str, Any]], str]
 
@@ -140,7 +145,8 @@ class _Namespace(Namespace):
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys=False) -> str:
     """JSON as it is: Jinja's own filter escapes what HTML does not allow."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    found = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    return _LETTERS.sub(lambda letters: json.dumps(letters[0])[1:-1], found) if ensure_ascii else found
 
 
 def _refuse(message: str) -> None:

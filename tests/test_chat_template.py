@@ -118,13 +118,39 @@ def test_control_tokens_are_never_typed(models, name, spelled, apart):
         assert all(content.strip() in model.tokenizers["text"].decode(codes) for content in contents)
 
 
-def test_what_users_type_marks_no_speaker(models):
-    """Added tokens that are not special but that the template writes are letters in what users say; what the model has
-    said keeps them."""
-    typed = "<|User|>a<|Assistant|>"
+def normalized(model, normalizer):
+    """The same model, whose added tokens are found in what its tokenizer's normalizer has made of a text."""
+    text = model.tokenizers["text"]
+    content = json.loads(chat_tokenizer()) | {"normalizer": normalizer}
+    for token in content["added_tokens"]:
+        token["normalized"] = not token["special"]
+    tokenizer = JsonTextTokenizer(json.dumps(content).encode(), text.ids)
+    pieces = model.transformer, model.vocabulary, model.grammar, {"text": tokenizer}
+    return omni.Model(*pieces, context_length=1 << 20, chat_template=model.chat_template)
+
+
+@pytest.mark.parametrize("normalizer", [None, {"type": "Sequence", "normalizers": []}, {"type": "NFKC"}])
+@pytest.mark.parametrize("typed", ["<|User|>a<|Assistant|>", "\uff1c|User|\uff1ea"])
+def test_what_users_type_marks_no_speaker(models, normalizer, typed):
+    """Added tokens that are not special but that the template writes are letters in what users say, also where the
+    tokenizer looks for them in normalized text; what the model has said keeps them."""
+    model, kept = normalized(models["plain"], normalizer), typed.startswith("<")
+    assert ids_of(model, chat_of([typed])).count(IDS["<|User|>"]) == 1
+    assert ids_of(model, chat_of(["a", typed, "c"])).count(IDS["<|User|>"]) == 2 + kept
+    assert ids_of(model, chat_of(["a", "b", "c"])) == ids_of(models["plain"], chat_of(["a", "b", "c"]))
     assert ids_of(models["plain"], chat_of([typed])).count(IDS["<|User|>"]) == 1
-    assert ids_of(models["plain"], chat_of(["a", typed, "c"])).count(IDS["<|User|>"]) == 3
-    assert ids_of(models["llama"], chat_of([typed])).count(IDS["<|User|>"]) == 1  # not of this template: text
+    assert ids_of(models["llama"], chat_of(["<|User|>"])).count(IDS["<|User|>"]) == 1  # not of this template: text
+    tokens, source = TOKENS | {"user_token": "<|User|>"}, "{{ user_token }}{{ messages[0].content }}"
+    assert ids_of(with_template(model, source, tokens), chat_of([typed])).count(IDS["<|User|>"]) == 1
+
+
+def test_typed_names_are_letters_in_json(models):
+    """Where a template writes what is said as JSON in ASCII, signs do not become letters: the prompt is that of the
+    text, and a name of a control token is none."""
+    model = with_template(models["llama"], "{{ bos_token }}{{ messages[0].content | tojson(ensure_ascii=true) }}")
+    ids = np.array(ids_of(model, chat_of(["é 🙂 <|eot_id|>"])))
+    said = model.tokenizers["text"].decode(model.vocabulary.to_codes("text", ids))
+    assert said == r'"\u00e9 \ud83d\ude42 <|eot_id|>"' and marks_of(ids.tolist(), "") == [1]
 
 
 def test_a_name_that_the_template_puts_together_is_refused(plain_model):
@@ -204,13 +230,15 @@ def test_where_templates_lie(tmp_path, files, found):
         ("chat_template.jinja", b"\xff", "not text in UTF-8"),
         ("chat_template.jinja", b"a" * (1 << 20 | 1), "larger than 1048576 bytes"),
         ("tokenizer_config.json", b'{"chat_template": 5}', "no string"),
+        ("tokenizer_config.json", rb'{"chat_template": "a\ud800"}', "not valid Unicode"),
+        ("tokenizer_config.json", '{"chat_template": "%s"}' % ("é" * (1 << 19 | 1)), "larger than 1048576 bytes"),
         ("tokenizer_config.json", b"[", "not valid JSON"),
         ("chat_template.json", b'{"template": "a"}', "no string"),
     ],
 )
 def test_damaged_files_are_told(tmp_path, name, content, message):
     write_llama(tmp_path)
-    (tmp_path / name).write_bytes(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(OmniError, match=f"{name}: .*{message}"):
         omni.load(tmp_path)
 
@@ -250,10 +278,23 @@ def test_replies_end_as_the_template_closes_them(tmp_path, template, end):
     assert sorted(json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"]) == ends
 
 
+def test_an_end_that_is_not_marked_special_ends_replies(tmp_path):
+    """What config.json says ends replies is no text to the template, whatever the tokenizer's file says of it."""
+    end = IDS["<|im_end|>"]
+    for ends, template in (([2, end], CHATML), (end, BARE)):
+        write_llama(tmp_path, eos_token_id=ends)
+        (tmp_path / "chat_template.jinja").write_text(template)
+        content = chat_tokenizer(special=tuple(name for name in SPECIAL if name != "<|im_end|>"))
+        (tmp_path / "tokenizer.json").write_text(content)
+        model = omni.load(tmp_path)
+        assert model.grammar.control["eos"] == end and end not in model.vocabulary.block("text").tolist()
+        assert isinstance(ends, list) or model.chat_template.tokens["eos_token"] == "<|im_end|>"
+
+
 def test_a_template_needs_a_tokenizer_of_its_kind(tiny_model):
     """Of a model with another text tokenizer it is told when messages are prompted."""
     model = with_template(tiny_model, LLAMA)
-    with pytest.raises(OmniError, match="needs a text tokenizer that is"):
+    with pytest.raises(OmniError, match=r"that is a tokenizer.json.*: add tokenizer.json to.*, or remove"):
         model.generate(chat_of(["a"]))
 
 
@@ -344,6 +385,14 @@ def test_pictures_stand_where_the_template_puts_them(chameleon, source):
         assert model.generate(SEEN, ["text"], seed=0, max_tokens=4, temperature=1.0).well_formed
 
 
+def test_templates_have_the_models_own_names_of_tokens(chameleon):
+    """Not bos and eos alone: a picture's, which is its place, and those around it."""
+    model, names = chameleon
+    ids = ids_of(rewritten(model, BARE.replace("}}", "}}{{ eoi_token }}")), chat_of(["a"]))
+    assert ids[-2:] == [names["<eoss>"], names["<reserved08706>"]]
+    assert ids_of(rewritten(model, ENTRIES.replace("'<image>\n'", "image_token")), SEEN).count(ids[-2]) == 1
+
+
 def test_a_part_that_the_template_has_no_place_for_is_refused(chameleon):
     """By its name, and so are places without parts; a name of the placeholder that is typed is none."""
     model, typed = chameleon[0], "<image><racm3:break>IMGIMGAZ"
@@ -361,6 +410,22 @@ def test_guidance_by_media_leaves_the_texts_out(chameleon):
     found = {tuple(shadow.ids.tolist()) for shadow in prepared.shadows}
     said = ([PICTURE], "")
     assert found == {tuple(ids_of(model, [{"role": "user", "content": content}])) for content in said}
+
+
+REFUSES_NOTHING_SAID = BARE.replace("{{", "{% if not message.content %}{{ raise_exception('say it') }}{% endif %}{{")
+
+
+def test_shadows_that_weigh_nothing_are_not_written(chameleon):
+    """A template that refuses empty messages answers where guidance is of modalities that the reply lacks, or against
+    pictures alone; where guidance needs an empty message, the error says so."""
+    model, guidance = rewritten(chameleon[0], REFUSES_NOTHING_SAID), {"image": 3.0}
+    assert not model.prepare([Request(chat_of(["a"]), ["text"], guidance=guidance)])[0].shadows
+    (shadow,) = model.prepare([Request(SEEN, ["image"], guidance=guidance, media_guidance=1.0)])[0].shadows
+    assert shadow.ids.tolist() == ids_of(model, [{"role": "user", "content": [PICTURE]}])
+    assert shadow.weight.tolist() == [0, -2]
+    for want in (["image"], None):
+        with pytest.raises(OmniError, match=r"say it.*guidance"):
+            model.prepare([Request(chat_of(["a"]), want, guidance=guidance)])
 
 
 def test_emu3_reads_chats(tmp_path):

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -120,9 +121,12 @@ def load_checkpoint(
     places = places_in(tensors, config, family)
     try:
         text = family.text(directory, None)
-        named = text if isinstance(text, JsonTextTokenizer) else None  # a template is read with names of tokens
-        template = ChatTemplate.of_checkpoint(directory, family.frame, _token_names(family.section(settings), named))
-        _end_as_closed(family.section(settings), template, named)
+        section = family.section(settings)
+        named = None  # a template is read with names of tokens, of which those that config.json names are no text
+        if isinstance(text, JsonTextTokenizer):
+            named = family.text(directory, np.setdiff1d(text.ids, _named_ids(section)))
+        template = ChatTemplate.of_checkpoint(directory, family.frame, _token_names(section, named))
+        _end_as_closed(section, template, named)
         preset = _preset(directory, family, settings, config, text)
         grammar = Grammar(dict(preset.declaration), preset.vocabulary)
     except OmniError as error:
@@ -189,6 +193,12 @@ def _added_tokens(directory: epath.Path) -> dict[str, int]:
         if type(name) is not str or type(token) is not int or not 0 <= token < LARGEST:
             raise OmniError(f"{whole}: the added token {name!r} has {token!r}, which is no id")
     return dict(pairs)
+
+
+def _named_ids(section: Settings) -> list[int]:
+    """The ids of bos, eos and pad in config.json; what is none is refused where it is read (`control_ids`)."""
+    values = [section.values.get(f"{role}_token_id") for role in ("bos", "eos", "pad")]
+    return [id for value in values for id in (value if isinstance(value, list) else [value]) if type(id) is int]
 
 
 def _token_names(section: Settings, text: JsonTextTokenizer | None) -> dict[str, str]:

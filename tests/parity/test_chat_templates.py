@@ -86,8 +86,8 @@ def test_what_is_typed_is_text_there_too(models):
 
 @pytest.mark.parametrize("kind", ["Chameleon", "Emu3"])
 def test_pictures_are_placed_as_their_processors_do(tmp_path, kind):
-    """Ids beside the codes, for which they have a placeholder; with pictures or none, bos in the template or not (of
-    Emu3, to whose processor of 5.23.0 a template with it gives two)."""
+    """Ids beside the codes, for which they have a placeholder; with pictures or none, the family's own tokens or none,
+    bos in the template or not (of Emu3, to whose processor of 5.23.0 a template with it gives two)."""
     names = {"Chameleon": write_chameleon, "Emu3": write_emu3}[kind](tmp_path, TEMPLATES["entries"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     if kind == "Chameleon":
@@ -102,7 +102,8 @@ def test_pictures_are_placed_as_their_processors_do(tmp_path, kind):
     image = {"type": "image", "image": picture}
     for content in ([texts[0], image, texts[1], image], texts):
         messages = [{"role": "user", "content": content}]
-        for before in ("", "{{ bos_token }}")[: 2 if kind == "Chameleon" else 1]:
+        own = "{{ boi_token }}a{{ eoi_token }}"
+        for before in ("", own, "{{ bos_token }}")[: 3 if kind == "Chameleon" else 2]:
             source = before + TEMPLATES["entries"]
             settings = {"chat_template": source, "add_generation_prompt": True, "return_tensors": "np"}
             found = processor.apply_chat_template(messages, tokenize=True, return_dict=True, **settings)["input_ids"]
