@@ -85,6 +85,9 @@ def make_parser() -> argparse.ArgumentParser:
         "parts", nargs="+", metavar="PART", help="text, or the path of a picture, sound or video file"
     )
     generate.add_argument(
+        "--chat", action="store_true", help="ask as one message of a user, by the chat template if any"
+    )
+    generate.add_argument(
         "--want", help="modalities of the reply in order, comma-separated; default: the model decides"
     )
     generate.add_argument("--out", type=Path, help="directory for the reply's parts; of several, 1/, 2/, ... in it")

@@ -116,15 +116,16 @@ def run_generate(options: argparse.Namespace) -> None:
     }
     want = [name.strip() for name in options.want.split(",")] if options.want else None
     parts = read_arguments(options.parts, model.processor.read)
+    prompt = [{"role": "user", "content": parts}] if options.chat else parts
     if options.out and "video" in model.grammar.modalities:
         video_files.pyav()  # that it is missing is said before anything is generated
     _status("compiling and generating")
     settings |= {name: getattr(options, name) for name in ("seed", "samples", "max_tokens", "log_probabilities")}
     settings |= {"stop": options.stop or (), "stop_tokens": parse_numbers("stop_tokens", options.stop_tokens)}
     if options.stream:
-        _print_stream(model.stream(parts, want, **settings), options)
+        _print_stream(model.stream(prompt, want, **settings), options)
         return
-    for sample, reply in enumerate(model.generate(parts, want=want, **settings)):
+    for sample, reply in enumerate(model.generate(prompt, want=want, **settings)):
         out = options.out / str(sample + 1) if options.out and options.samples > 1 else options.out
         _print_reply(reply, out, options.seed + sample, options)
 

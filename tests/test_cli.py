@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from chat_templates import LLAMA, write_llama
 
 import omni
 from omni import doctor
@@ -34,6 +35,19 @@ def test_generate_writes_a_mixed_reply(run, tiny_bundle, tmp_path, tone):
     assert len(reply["ids"]) == len(reply["log_probabilities"]) > 10
     assert [part["modality"] for part in reply["parts"]] == ["image", "audio", "text"] and reply["well_formed"]
     assert sorted(os.listdir(tmp_path / "out")) == ["1.png", "2.wav", "3.txt", "reply.json"]
+
+
+@pytest.mark.parametrize("template", [LLAMA, None])
+def test_generate_asks_as_a_user(run, tmp_path, template):
+    """--chat makes a message of the prompt, which a chat template writes; without one it is a document's turn."""
+    directory = write_llama(tmp_path, template)
+    command = ("generate", directory, "hello", "there", "--want", "text", "--max-tokens", "4")
+    shown = [run(*command, *more, "--json", "--log-probabilities") for more in (["--chat"], [])]
+    assert [code for code, _, _ in shown] == [0, 0], shown
+    asked, told = (json.loads(out)["ids"] for _, out, _ in shown)
+    message = {"role": "user", "content": "hello there"}
+    assert asked == omni.load(directory).generate([message], ["text"], seed=0, max_tokens=4).ids.tolist()
+    assert (asked == told) == (template is None)
 
 
 def test_generate_streams(run, tiny_bundle, tmp_path):
