@@ -22,7 +22,7 @@ from omni.chat_template import SOURCE, ChatRenderer, ChatTemplate
 from omni.grammar import Grammar
 from omni.interop import anygpt, chameleon, emu3, emu3_5, llama, qwen3
 from omni.interop import chameleon_original as release
-from omni.interop.family import ADDED_TOKENS, TOKENIZER, Family, Place, Preset
+from omni.interop.family import ADDED_TOKENS, Family, Place, Preset
 from omni.interop.pictures import PREPROCESSOR, with_file
 from omni.interop.weights import NamedTensors, places_in, read_transformer, their_shapes, their_tensors
 from omni.model import Transformer, TransformerConfig
@@ -33,8 +33,7 @@ from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.errors import OmniError
 from omni_tokenizers.tensor_files import open_directory, write_directory
 from omni_tokenizers.text_json import JsonTextTokenizer
-from omni_tokenizers.text_public import LARGEST as LARGEST_TOKENIZER
-from omni_tokenizers.text_public import PublicTextTokenizer
+from omni_tokenizers.text_public import PublicTextTokenizer, added_tokens
 
 if TYPE_CHECKING:
     from omni.bundle import Model
@@ -105,7 +104,7 @@ def load_checkpoint(
         return _load_release(directory, mesh, dtype, torch_reader)
     path = directory / CHECKPOINT_CONFIG
     values = read_object(path, LARGEST_CHECKPOINT_CONFIG)
-    settings = Settings(values | {ADDED_TOKENS: _added_tokens(directory)}, str(path))
+    settings = Settings(values | {ADDED_TOKENS: added_tokens(directory)}, str(path))
     family = _family(settings)
     try:
         config = family.read(settings)
@@ -174,21 +173,6 @@ def _family(settings: Settings) -> Family:
             return family
     known = ", ".join(MODEL_TYPES)
     raise OmniError(f"{settings.source}: no model of type {kind!r} can be read; supported are {known}")
-
-
-def _added_tokens(directory: epath.Path) -> dict[str, int]:
-    """Ids by name of the tokens that the files of a text tokenizer add to its pieces; of older ones in a file alone."""
-    whole, alone = directory / TOKENIZER, directory / "added_tokens.json"
-    if whole.exists():
-        entries = read_object(whole, LARGEST_TOKENIZER).get("added_tokens")
-        entries = entries if isinstance(entries, list) else []  # what reads the whole file refuses any other form
-        pairs = [(entry.get("content"), entry.get("id")) for entry in entries if isinstance(entry, dict)]
-    else:
-        whole, pairs = alone, list(read_object(alone, LARGEST_TOKENIZER).items()) if alone.exists() else []
-    for name, token in pairs:
-        if type(name) is not str or type(token) is not int or not 0 <= token < LARGEST:
-            raise OmniError(f"{whole}: the added token {name!r} has {token!r}, which is no id")
-    return dict(pairs)
 
 
 def _token_names(section: Settings, text: JsonTextTokenizer | None) -> dict[str, str]:

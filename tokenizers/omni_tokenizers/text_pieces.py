@@ -32,6 +32,10 @@ class PieceTextTokenizer(PublicTextTokenizer):
         is_no_text = (self._processor.is_control, self._processor.is_unknown, self._processor.is_unused)
         return set(known), {token for token in known if any(kind(token) for kind in is_no_text)}
 
+    def has(self, name: str, token: int) -> bool:
+        """Whether the piece of an id has this name."""
+        return token < self._processor.vocab_size() and self._piece(token) == name
+
     def _ids_of(self, text: str) -> Sequence[int]:
         text.encode()  # the package would write other characters for lone surrogates
         return self._processor.encode(text)
