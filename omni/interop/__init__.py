@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -33,7 +33,7 @@ from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.errors import OmniError
 from omni_tokenizers.tensor_files import open_directory, write_directory
 from omni_tokenizers.text_json import JsonTextTokenizer
-from omni_tokenizers.text_public import PublicTextTokenizer, added_tokens
+from omni_tokenizers.text_public import TEXT_FILES, PublicTextTokenizer, added_tokens
 
 if TYPE_CHECKING:
     from omni.bundle import Model
@@ -257,20 +257,33 @@ def export_checkpoint(model: Model, directory: epath.PathLike, dtype: str = "flo
     _write_json(directory / CHECKPOINT_CONFIG, family.write(model) | {"dtype": dtype})
     _write_json(directory / "vocabulary.json", model.vocabulary.to_json())
     _write_json(directory / "grammar.json", model.grammar.to_json())
+    written = set()
     if model.generation:
         _write_json(directory / "generation.json", model.generation)
+        written.add("generation.json")
     if (processor := model.processor.image_processor) is not None and family.image_processor_type is not None:
         values = {"image_processor_type": family.image_processor_type} | processor.to_json()
         _write_json(directory / PREPROCESSOR, values)
+        written.add(PREPROCESSOR)
     for modality, tokenizer in model.tokenizers.items():
         if isinstance(tokenizer, PublicTextTokenizer):
             tokenizer.write_original(directory)
+            written.add(tokenizer.file)
         elif modality not in family.carries(model):
             tokenizer.save(directory / "tokenizers" / modality)
+            written.add(f"tokenizers/{modality}")
     if model.chat_template:
         model.chat_template.export(directory)
-    else:
-        (directory / SOURCE).unlink(missing_ok=True)  # one of another model would be read as this one's
+        written.add(SOURCE)
+    _forget(directory, model.grammar.modalities, written)
+
+
+def _forget(directory: epath.Path, modalities: Sequence[str], written: Collection[str]) -> None:
+    """Takes away what lies there from an older export and would be read as this one's, which did not write it."""
+    texts = itertools.takewhile(lambda name: name not in written, TEXT_FILES)  # what is written goes before the others
+    for name in ("generation.json", PREPROCESSOR, SOURCE, *texts, *(f"tokenizers/{name}" for name in modalities)):
+        if name not in written and (path := directory / name).exists():
+            path.rmtree() if path.is_dir() else path.unlink()
 
 
 def _family_like(model: Model) -> Family:

@@ -34,7 +34,7 @@ from omni.vocabulary import Vocabulary
 from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.errors import OmniError
 from omni_tokenizers.text_json import JsonTextTokenizer
-from omni_tokenizers.text_public import public_text
+from omni_tokenizers.text_public import JSON_FILE, public_text
 
 if TYPE_CHECKING:
     from omni.bundle import Model
@@ -98,7 +98,7 @@ def read(settings: Settings) -> TransformerConfig:
 def text(directory: epath.Path, ids: np.ndarray | None = None) -> JsonTextTokenizer | None:
     """The text tokenizer: tokenizer.json, or the release's own file, behind whose pieces the control tokens stand."""
     path = directory / TIKTOKEN
-    if (directory / JsonTextTokenizer.file).exists() or not path.exists():
+    if (directory / JSON_FILE).exists() or not path.exists():
         return public_text(directory, ids)
     ranks = read_ranks(path)
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205))]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import sentencepiece
 
 from omni_tokenizers.errors import OmniError
-from omni_tokenizers.text_public import PublicTextTokenizer
+from omni_tokenizers.text_public import PIECES_FILE, PublicTextTokenizer
 
 
 class PieceTextTokenizer(PublicTextTokenizer):
@@ -17,7 +17,7 @@ class PieceTextTokenizer(PublicTextTokenizer):
     """
 
     type = "text_pieces"
-    file = "tokenizer.model"
+    file = PIECES_FILE
     saved_file = "text.model"
     transformers_class = "LlamaTokenizer"
 

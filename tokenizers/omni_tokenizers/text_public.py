@@ -14,6 +14,8 @@ from jaxtyping import Int
 from omni_tokenizers.base import Tokenizer, fingerprint, read_object, write_description
 from omni_tokenizers.errors import OmniError
 
+TEXT_FILES = JSON_FILE, PIECES_FILE = "tokenizer.json", "tokenizer.model"
+"""What text tokenizers are read from, the first that is there."""
 SETTINGS = "tokenizer_config.json"
 LARGEST = 1 << 27  # bytes of such a file
 MOST_PIECES = 1 << 24
@@ -180,10 +182,8 @@ def added_tokens(directory: epath.PathLike) -> dict[str, int]:
     Raises:
         OmniError: a damaged file, or what is no id.
     """
-    from omni_tokenizers.text_json import JsonTextTokenizer
-
     directory = epath.Path(directory)
-    whole, alone, settings = (directory / name for name in (JsonTextTokenizer.file, "added_tokens.json", SETTINGS))
+    whole, alone, settings = (directory / name for name in (JSON_FILE, "added_tokens.json", SETTINGS))
     if whole.exists():
         entries = read_object(whole, LARGEST).get("added_tokens")
         entries = entries if isinstance(entries, list) else []  # what reads the whole file refuses any other form
