@@ -20,8 +20,8 @@ _FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".json")
 def located(name: epath.PathLike) -> epath.Path:
     """The path that a name is, or the directory into which the repository of that name was downloaded.
 
-    Only a string names a repository. Whatever exists here goes before the hub, and a name below a folder that exists, or
-    one of `LOCAL`, is a mistyped path.
+    Only a string names a repository. Whatever exists here goes before the hub, and a name below a folder that exists,
+    or below one of `LOCAL`, is a mistyped path.
 
     Raises:
       OmniError: no such repository or revision, no network, or one whose terms were not accepted.

@@ -94,7 +94,7 @@ def test_paths_go_before_the_hub(tmp_path, monkeypatch, run):
         omni.load("runs/mime")
     with pytest.raises(omni.OmniError, match="someone/tiny: no such directory, nor a model in the box"):
         omni.load(Path("someone/tiny"))
-    for verb in (("inspect", "someone/tiny"), ("import", "models/mine", "imported"), ("export", "out/mine", "exported")):
+    for verb in (("inspect", "someone/tiny"), ("import", "models/mine", "new"), ("export", "out/mine", "new")):
         code, _, err = run(*verb)
         assert code == 1 and f"{verb[1]}: " in err and "no such" in err
 

@@ -92,13 +92,13 @@ def test_the_tokenizer_goes_along(model, directory, tmp_path, way):
 @pytest.mark.parametrize("directory", ["tokenizer.model"], indirect=True)
 @pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
 def test_pieces_to_which_other_files_add_tokens_are_refused(directory, tmp_path, file):
-    """Ids of text would be others than transformers', silently; names that the pieces have themselves change nothing."""
+    """Ids of text would be others than transformers', silently; names that the pieces have change nothing."""
     for each in directory.iterdir():
         (tmp_path / each.name).write_bytes(each.read_bytes())
 
     def add(tokens):
-        named = tokens if file == "added_tokens.json" else {id: {"content": name} for name, id in tokens.items()}
-        (tmp_path / file).write_text(json.dumps(named if file == "added_tokens.json" else {"added_tokens_decoder": named}))
+        decoder = {"added_tokens_decoder": {id: {"content": name} for name, id in tokens.items()}}
+        (tmp_path / file).write_text(json.dumps(tokens if file == "added_tokens.json" else decoder))
 
     own = {"<s>": 1, text_pieces.THINK: 3}
     add(own)
