@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -299,7 +300,7 @@ def load(
     """
     boxed = sorted(path.name for path in MODELS.glob("*/"))
     directory = located(name)
-    if name in boxed and not (directory / DESCRIPTION).exists():
+    if os.fspath(name) in boxed and not (directory / DESCRIPTION).exists():
         directory = epath.Path(MODELS / name)
     if not directory.exists():
         known = ", ".join(boxed) or "none"

@@ -24,9 +24,9 @@ from omni.sandbox import FIRST_SIGN, compile_template
 from omni_tokenizers.base import LARGEST_CHECKPOINT_CONFIG, read_object
 from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.text_json import BREAK, JsonTextTokenizer, Names
+from omni_tokenizers.text_public import SETTINGS
 
 SOURCE, TOKENS = "chat_template.jinja", "chat_tokens.json"
-SETTINGS = "tokenizer_config.json"
 LARGEST = 1 << 20  # bytes of a template; those of large models have some ten thousand
 _SIGN = re.compile(f"([{FIRST_SIGN}-{chr(ord(BREAK) - 1)}])")
 _STANDARD = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 from etils import epath
 
 from omni_tokenizers.errors import OmniError
 
-ALLOWED = ("*.safetensors", "*.json", "*.jinja", "*.model")
+ALLOWED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken")
 """What is downloaded: no pickles, no code."""
-_NAME = re.compile(r"(?P<repository>(?P<owner>[\w-][\w.-]*)/[\w-][\w.-]*)(@(?P<revision>[\w.-]+))?", re.ASCII)
+LOCAL = frozenset({"checkpoints", "experiments", "models", "out", "runs"})
+"""Usual folders of one's own, which no name of a repository begins with, whether they exist or not."""
+_REPOSITORY = r"(?P<repository>(?P<owner>[\w-][\w.-]*)/[\w-][\w.-]*)"
+_NAME = re.compile(rf"{_REPOSITORY}(@(?P<revision>[\w-][\w.-]*(/[\w-][\w.-]*)*))?", re.ASCII)
 _FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".json")
 
 
 def located(name: epath.PathLike) -> epath.Path:
     """The path that a name is, or the directory into which the repository of that name was downloaded.
 
-    Whatever exists here goes before the hub, and so does a name below a folder that exists: that is a mistyped path.
+    Only a string names a repository. Whatever exists here goes before the hub, and a name below a folder that exists,
+    or below one of `LOCAL`, is a mistyped path.
 
     Raises:
       OmniError: no such repository or revision, no network, or one whose terms were not accepted.
     """
-    path, match = epath.Path(name), _NAME.fullmatch(os.fspath(name))
-    if match is None or path.exists() or epath.Path(match["owner"]).exists() or path.suffix in _FILES:
+    path, match = epath.Path(name), _NAME.fullmatch(name) if isinstance(name, str) else None
+    if match is None or path.exists() or path.suffix in _FILES:
         return path
-    return epath.Path(_downloaded(match["repository"], match["revision"], os.fspath(name)))
+    if match["owner"] in LOCAL or epath.Path(match["owner"]).exists():
+        return path
+    return epath.Path(_downloaded(match["repository"], match["revision"], name))
 
 
 def _downloaded(repository: str, revision: str | None, name: str) -> str:

@@ -27,6 +27,7 @@ _SIZES = ("size", "do_center_crop", "crop_size", "min_pixels", "max_pixels", "sp
 _INDIFFERENT = ("image_processor_type", "feature_extractor_type", "processor_class", "do_pad", "default_to_square")
 _INDIFFERENT += ("model_input_names", "data_format", "return_tensors", "auto_map")
 _MOST_ELONGATED = 200
+_CHUNK = 1 << 18  # pixels that are scaled together, in float64
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +62,9 @@ class ImageProcessor:
             raise OmniError(f"resample is {self.resample}, one of 0 to 5; rescale_factor and image_std are not 0")
         least = self.side or self.spatial_factor
         most = self.side**2 or self.max_pixels
-        if not (least >= 1 and least**2 <= most <= media.MAX_PIXELS and 0 <= self.min_pixels <= most):
-            raise OmniError(f"no pictures have {least} pixels an edge at least, and {self.min_pixels} to {most} in all")
+        fewest = self.side**2 or self.min_pixels  # of 0 a narrow picture would be rounded to no row
+        if not (least >= 1 and least**2 <= most <= media.MAX_PIXELS and 1 <= fewest <= most):
+            raise OmniError(f"no pictures have {least} pixels an edge at least, and {fewest} to {most} in all")
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], source: str) -> Self:
@@ -121,8 +123,13 @@ class ImageProcessor:
 
     def values(self, pixels: UInt8[np.ndarray, "batch height width 3"]) -> Float[np.ndarray, "batch height width 3"]:
         """What the tokenizer's net sees of pixels, float32; multiplied in float64, as transformers does it."""
-        scaled = (pixels.astype(np.float64) * self.rescale_factor).astype(np.float32)
-        return (scaled - np.float32(self.image_mean)) / np.float32(self.image_std)
+        values = np.empty(pixels.shape, np.float32)
+        flat, flat_values = pixels.reshape(-1, 3), values.reshape(-1, 3)
+        for start in range(0, len(flat), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            scaled = (flat[chunk].astype(np.float64) * self.rescale_factor).astype(np.float32)
+            flat_values[chunk] = (scaled - np.float32(self.image_mean)) / np.float32(self.image_std)
+        return values
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width before anything is cut off."""

@@ -20,7 +20,7 @@ from omni_tokenizers.errors import OmniError, UsageError
 
 def describe(name: str) -> dict:
     """Parameters by module, vocabulary blocks, grammar, memory and a sample of the training data, as JSON."""
-    model = load(name)
+    model = load(epath.Path(name))  # a string may be the name of a repository, which nobody means here
     tensors = weights.flatten(nnx.state(model.transformer, nnx.Param))
     return {
         "model": str(name),

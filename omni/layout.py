@@ -225,12 +225,16 @@ class SpanLayout:
         if not (given and self.spelling and min(size) >= 1 and math.prod(size) <= LARGEST):
             words = _in_words(size, size)
             raise OmniError(f"the grammar writes no {self.name} of {words} codes; it knows {self.sizes()}")
-        rows, columns = size
-        return self._template(Shape(size, tuple(self.spelling[character] for character in f"{rows}*{columns}")))
+        return self._spelled(*size)
 
     @functools.cache  # noqa: B019  (a layout lives as long as its grammar)
     def _declared(self, *size: int) -> Template:
         return self._template(self.shapes[size])
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019  (of any sizes there are too many to keep all)
+    def _spelled(self, rows: int, columns: int) -> Template:
+        prefix = tuple(self.spelling[character] for character in f"{rows}*{columns}")
+        return self._template(Shape((rows, columns), prefix))
 
     def _template(self, shape: Shape) -> Template:
         return Template(*np.array(list(self.symbols(shape)), np.int32).T)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from omni_tokenizers.codes import Codes
 from omni_tokenizers.errors import OmniError
 
 _BATCH = 256  # pictures or sounds that go through a tokenizer together
+_BATCH_PIXELS = 1 << 24  # of these pictures, so that their values take 200 MB
 
 
 class Processor:
@@ -251,10 +253,13 @@ def given(parts: Sequence[Part]) -> list[Part]:
 
 
 def _by_shape(arrays: Sequence[np.ndarray], function: Callable[[np.ndarray], Sequence]) -> list:
-    """What `function` makes of stacked arrays, one of each, in their order; those of one shape go together."""
+    """What `function` makes of stacked arrays of rows and columns, one of each, in their order; those of one shape go
+    together, up to `_BATCH_PIXELS` of them."""
     results: list = [None] * len(arrays)
     for shape in dict.fromkeys(array.shape for array in arrays):
-        places = [place for place, array in enumerate(arrays) if array.shape == shape]
-        for place, result in zip(places, function(np.stack([arrays[place] for place in places])), strict=True):
-            results[place] = result
+        every = [place for place, array in enumerate(arrays) if array.shape == shape]
+        most = max(1, _BATCH_PIXELS // math.prod(shape[:2]))
+        for places in (every[start : start + most] for start in range(0, len(every), most)):
+            for place, result in zip(places, function(np.stack([arrays[place] for place in places])), strict=True):
+                results[place] = result
     return results

@@ -429,12 +429,20 @@ def test_shadows_that_weigh_nothing_are_not_written(chameleon):
 
 
 def test_emu3_reads_chats(tmp_path):
-    """bos, which its processor puts before what the template writes; pictures of a size in plain text."""
+    """bos, which its processor puts before what the template writes; pictures of a size in plain text, also of one that
+    is read and never drawn."""
     names = write_emu3(tmp_path, ENTRIES)
     model = omni.load(tmp_path)
-    ids = ids_of(model, SEEN)
-    assert ids[0] == 1 and ids.count(1) == 1 and ids.count(names["<|image start|>"]) == 1
-    assert model.grammar.annotate_chat(np.array(ids))[-1] == model.grammar.tables.after_turn
+    spelling, wide = model.grammar.layouts["image"].spelling, np.full((11, 24, 3), 90, np.uint8)
+    for picture, size, codes in ((PICTURE, "4*4", 16), (wide, "2*5", 10)):
+        ids = ids_of(model, [{"role": "user", "content": ["What is ", picture, "?"]}])
+        assert ids[0] == 1 and ids.count(1) == 1 and ids.count(names["<|image start|>"]) == 1
+        place = ids.index(names["<|image start|>"]) + 1
+        assert ids[place : place + 4] == [*(spelling[character] for character in size), names["<|image token|>"]]
+        assert np.isin(ids, model.vocabulary.block("image")).sum() == codes
+        assert model.grammar.annotate_chat(np.array(ids))[-1] == model.grammar.tables.after_turn
+    messages = [{"role": "user", "content": ["What is ", wide, "?"]}]
+    assert model.generate(messages, ["text"], seed=0, max_tokens=4, temperature=1.0).well_formed
 
 
 def test_what_a_template_leaves_open_is_no_prompt(models):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from loopback_hub import COMMIT, serving
@@ -16,6 +17,7 @@ FILES = {
     "config.json": b"{}",
     "model.safetensors": b"weights",
     "tokenizer.model": b"pieces",
+    "emu3.tiktoken": b"ranks",
     "chat_template.jinja": b"{{ template }}",
     "tokenizers/image/weights.safetensors": b"decoder",
 }
@@ -79,15 +81,33 @@ def test_what_the_hub_refuses_is_one_line(hub, tmp_path):
         assert message.startswith(f"{name}: no such directory, and") and words in message and "\n" not in message
 
 
-def test_paths_go_before_the_hub(tmp_path, monkeypatch):
-    """What is there is opened, and a mistyped path, below a folder that is there or to a file, asks no hub."""
+def test_paths_go_before_the_hub(tmp_path, monkeypatch, run):
+    """What is there is opened, and a mistyped path, below a folder that is there or to a file, asks no hub; nor does a
+    path that is no string, and a name below a usual folder, even one that is not there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("omni.hub._downloaded", lambda *name: pytest.fail(f"asked for {name}"))
     (tmp_path / "runs" / "mine").mkdir(parents=True)
-    for name in ("runs/mine", "runs/mime", "./other/mine", "a/b/c", "weights/vqgan.ckpt", "digits", "gs://a/b"):
+    usual = ("models/mine", "experiments/mine@v1", "checkpoints/mine", "out/mine")
+    for name in ("runs/mine", "runs/mime", "./other/mine", "a/b/c", "weights/vqgan.ckpt", "digits", "gs://a/b", *usual):
         assert str(located(name)) == os.path.normpath(name).replace("gs:/a", "gs://a")
     with pytest.raises(omni.OmniError, match="runs/mime: no such directory, nor a model in the box"):
         omni.load("runs/mime")
+    with pytest.raises(omni.OmniError, match="someone/tiny: no such directory, nor a model in the box"):
+        omni.load(Path("someone/tiny"))
+    for verb in (("inspect", "someone/tiny"), ("import", "models/mine", "new"), ("export", "out/mine", "new")):
+        code, _, err = run(*verb)
+        assert code == 1 and f"{verb[1]}: " in err and "no such" in err
+
+
+def test_branches_have_slashes(monkeypatch):
+    """A revision may be one of several names; none that leads out of the cache."""
+    asked = []
+    monkeypatch.setattr("omni.hub._downloaded", lambda *name: asked.append(name[:2]) or "snapshot")
+    for revision in ("refs/pr/1", "dev/v1.0", "main"):
+        located(f"someone/tiny@{revision}")
+    assert asked == [("someone/tiny", revision) for revision in ("refs/pr/1", "dev/v1.0", "main")]
+    for name in ("someone/tiny@../../main", "someone/tiny@a//b", "someone/tiny@/a", "someone/tiny@"):
+        assert str(located(name)) != "snapshot"
 
 
 def test_loading_and_importing_take_repositories(tmp_path, monkeypatch, run):

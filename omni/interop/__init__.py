@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from omni.chat_template import SOURCE, ChatRenderer, ChatTemplate
 from omni.grammar import Grammar
 from omni.interop import anygpt, chameleon, emu3, emu3_5, llama, qwen3
 from omni.interop import chameleon_original as release
-from omni.interop.family import ADDED_TOKENS, TOKENIZER, Family, Place, Preset
+from omni.interop.family import ADDED_TOKENS, Family, Place, Preset
 from omni.interop.pictures import PREPROCESSOR, with_file
 from omni.interop.weights import NamedTensors, places_in, read_transformer, their_shapes, their_tensors
 from omni.model import Transformer, TransformerConfig
@@ -34,8 +34,7 @@ from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.errors import OmniError
 from omni_tokenizers.tensor_files import open_directory, write_directory
 from omni_tokenizers.text_json import JsonTextTokenizer
-from omni_tokenizers.text_public import LARGEST as LARGEST_TOKENIZER
-from omni_tokenizers.text_public import PublicTextTokenizer
+from omni_tokenizers.text_public import TEXT_FILES, PublicTextTokenizer, added_tokens
 
 if TYPE_CHECKING:
     from omni.bundle import Model
@@ -106,7 +105,7 @@ def load_checkpoint(
         return _load_release(directory, mesh, dtype, torch_reader)
     path = directory / CHECKPOINT_CONFIG
     values = read_object(path, LARGEST_CHECKPOINT_CONFIG)
-    settings = Settings(values | {ADDED_TOKENS: _added_tokens(directory)}, str(path))
+    settings = Settings(values | {ADDED_TOKENS: added_tokens(directory)}, str(path))
     family = _family(settings)
     try:
         config = family.read(settings)
@@ -178,21 +177,6 @@ def _family(settings: Settings) -> Family:
             return family
     known = ", ".join(MODEL_TYPES)
     raise OmniError(f"{settings.source}: no model of type {kind!r} can be read; supported are {known}")
-
-
-def _added_tokens(directory: epath.Path) -> dict[str, int]:
-    """Ids by name of the tokens that the files of a text tokenizer add to its pieces; of older ones in a file alone."""
-    whole, alone = directory / TOKENIZER, directory / "added_tokens.json"
-    if whole.exists():
-        entries = read_object(whole, LARGEST_TOKENIZER).get("added_tokens")
-        entries = entries if isinstance(entries, list) else []  # what reads the whole file refuses any other form
-        pairs = [(entry.get("content"), entry.get("id")) for entry in entries if isinstance(entry, dict)]
-    else:
-        whole, pairs = alone, list(read_object(alone, LARGEST_TOKENIZER).items()) if alone.exists() else []
-    for name, token in pairs:
-        if type(name) is not str or type(token) is not int or not 0 <= token < LARGEST:
-            raise OmniError(f"{whole}: the added token {name!r} has {token!r}, which is no id")
-    return dict(pairs)
 
 
 def _named_ids(section: Settings) -> list[int]:
@@ -283,20 +267,33 @@ def export_checkpoint(model: Model, directory: epath.PathLike, dtype: str = "flo
     _write_json(directory / CHECKPOINT_CONFIG, family.write(model) | {"dtype": dtype})
     _write_json(directory / "vocabulary.json", model.vocabulary.to_json())
     _write_json(directory / "grammar.json", model.grammar.to_json())
+    written = set()
     if model.generation:
         _write_json(directory / "generation.json", model.generation)
+        written.add("generation.json")
     if (processor := model.processor.image_processor) is not None and family.image_processor_type is not None:
         values = {"image_processor_type": family.image_processor_type} | processor.to_json()
         _write_json(directory / PREPROCESSOR, values)
+        written.add(PREPROCESSOR)
     for modality, tokenizer in model.tokenizers.items():
         if isinstance(tokenizer, PublicTextTokenizer):
             tokenizer.write_original(directory)
+            written.add(tokenizer.file)
         elif modality not in family.carries(model):
             tokenizer.save(directory / "tokenizers" / modality)
+            written.add(f"tokenizers/{modality}")
     if model.chat_template:
         model.chat_template.export(directory)
-    else:
-        (directory / SOURCE).unlink(missing_ok=True)  # one of another model would be read as this one's
+        written.add(SOURCE)
+    _forget(directory, model.grammar.modalities, written)
+
+
+def _forget(directory: epath.Path, modalities: Sequence[str], written: Collection[str]) -> None:
+    """Takes away what lies there from an older export and would be read as this one's, which did not write it."""
+    texts = itertools.takewhile(lambda name: name not in written, TEXT_FILES)  # what is written goes before the others
+    for name in ("generation.json", PREPROCESSOR, SOURCE, *texts, *(f"tokenizers/{name}" for name in modalities)):
+        if name not in written and (path := directory / name).exists():
+            path.rmtree() if path.is_dir() else path.unlink()
 
 
 def _family_like(model: Model) -> Family:

@@ -17,6 +17,7 @@ from jaxtyping import Int
 
 from omni.interop import llama
 from omni.interop.family import ADDED_TOKENS, Family, Preset, control_ids, llama_places, text_ids, with_new_ids
+from omni.layout import LARGEST_FAMILY
 from omni.model import TransformerConfig
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.checkpoints.family import Settings
@@ -74,9 +75,10 @@ def preset(settings: Settings, config: TransformerConfig, text: PublicTextTokeni
 
 
 def grammar(picture: int, room: int) -> dict[str, Any]:
-    """The declaration: pictures of so many codes, speech and music of up to `room` codes."""
+    """The declaration: pictures of so many codes, speech and music of up to `room` codes, as far as a layout goes."""
     books = {"image": ["image"], "speech": ["speech"], "audio": [f"audio {level}" for level in range(LEVELS)]}
-    columns = {"image": picture} | {name: {"min": 1, "max": room // len(books[name])} for name in ("speech", "audio")}
+    longest = {name: min(max(1, room // len(books[name])), LARGEST_FAMILY) for name in ("speech", "audio")}
+    columns = {"image": picture} | {name: {"min": 1, "max": most} for name, most in longest.items()}
     modalities = {
         name: {
             "codebooks": books[name],

@@ -18,7 +18,6 @@ from etils import epath
 
 from omni.interop.emu3 import spelling
 from omni.interop.family import (
-    TOKENIZER,
     Family,
     Preset,
     control_ids,
@@ -26,7 +25,6 @@ from omni.interop.family import (
     llama_places,
     read_config,
     text_ids,
-    text_tokenizer,
     with_new_ids,
     write_config,
 )
@@ -36,6 +34,7 @@ from omni.vocabulary import Vocabulary
 from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.errors import OmniError
 from omni_tokenizers.text_json import JsonTextTokenizer
+from omni_tokenizers.text_public import JSON_FILE, public_text
 
 if TYPE_CHECKING:
     from omni.bundle import Model
@@ -99,8 +98,8 @@ def read(settings: Settings) -> TransformerConfig:
 def text(directory: epath.Path, ids: np.ndarray | None = None) -> JsonTextTokenizer | None:
     """The text tokenizer: tokenizer.json, or the release's own file, behind whose pieces the control tokens stand."""
     path = directory / TIKTOKEN
-    if (directory / TOKENIZER).exists() or not path.exists():
-        return text_tokenizer(directory, ids)
+    if (directory / JSON_FILE).exists() or not path.exists():
+        return public_text(directory, ids)
     ranks = read_ranks(path)
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205))]
     added = {name: max(ranks.values()) + 1 + place for place, name in enumerate(names)}

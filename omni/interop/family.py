@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from omni.bundle import Model
 
 
-TOKENIZER = "tokenizer.json"
 ADDED_TOKENS = "added_tokens"
 """Where `Settings` of a directory have, beside config.json's own keys, the ids by name that its tokenizer adds."""
 
@@ -51,11 +50,6 @@ class Preset:
     """Settings with which the family's own tools draw, name -> modality -> value."""
 
 
-def text_tokenizer(directory: epath.Path, ids: np.ndarray | None = None) -> PublicTextTokenizer | None:
-    """That of tokenizer.json or tokenizer.model, if one is there; `ids` as of `PublicTextTokenizer`."""
-    return public_text(directory, ids)
-
-
 @dataclasses.dataclass(frozen=True)
 class Family:
     """How the directories of one kind relate to a model here."""
@@ -78,7 +72,7 @@ class Family:
     """Which tensor is which, for a configuration and a prefix of names."""
     holds: Callable[[Settings], bool] = lambda settings: True
     """Whether a config.json of this type is this family's; of several of one type the first that says so counts."""
-    text: Callable[[epath.Path, np.ndarray | None], PublicTextTokenizer | None] = text_tokenizer
+    text: Callable[[epath.Path, np.ndarray | None], PublicTextTokenizer | None] = public_text
     """The text tokenizer of a directory, if it has one, for these ids or all that are text."""
     image_processor_type: str | None = None
     """transformers' class that scales pictures."""

@@ -62,6 +62,15 @@ def test_it_is_known_by_either_file(tmp_path):
     np.testing.assert_array_equal(text.logits(stored.ids)[..., :96], alone.logits(stored.ids))
 
 
+@pytest.mark.parametrize(("context", "speech", "music"), [(32, 1, 1), (100, 68, 17), (65_536, 16_384, 16_376)])
+def test_any_context_has_lengths(tmp_path, context, speech, music):
+    """Speech and music are as long as the context has room for, at least one frame, at most what a layout holds."""
+    stored = golden("anygpt")
+    config = stored.config | {"max_position_embeddings": context}
+    layouts = omni.load(dataclasses.replace(stored, config=config).write(tmp_path)).grammar.layouts
+    assert [max(layouts[name].shapes) for name in ("speech", "audio")] == [(1, speech), (1, music)]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The small model with a text tokenizer, whose added tokens stand behind its pieces."""

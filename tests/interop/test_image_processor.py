@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -90,6 +91,32 @@ def test_a_narrow_picture_is_refused_before_it_takes_memory():
         FREE.resized(line)
 
 
+def test_narrow_pictures_have_a_row_of_codes():
+    """Those that would be rounded to no row grow to the fewest pixels; without any such number that is refused."""
+    narrow = Image(np.zeros((3, 40, 3), np.uint8))
+    values = FREE.to_json() | {"min_pixels": 1, "spatial_factor": 8}
+    found = ImageProcessor.from_json(values, "file").resized(narrow)
+    assert (found.height, found.width) == (8, 8)
+    with pytest.raises(OmniError, match="file: no pictures have 8 pixels an edge at least, and 0 to 200 in all"):
+        ImageProcessor.from_json(values | {"min_pixels": 0}, "file")
+
+
+def test_values_are_those_of_all_pixels_at_once(monkeypatch):
+    """Scaled piece by piece, to the bit, with one array of float32 and little besides."""
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 96, 128, 3), dtype=np.uint8)
+    whole = (pixels.astype(np.float64) * FREE.rescale_factor).astype(np.float32)
+    whole = (whole - np.float32(FREE.image_mean)) / np.float32(FREE.image_std)
+    monkeypatch.setattr("omni.image_processor._CHUNK", 1000)
+    tracemalloc.start()
+    try:
+        values = FREE.values(pixels)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(values, whole)
+    assert values.dtype == np.float32 and peak < 1.2 * values.nbytes
+
+
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory) -> Processor:
     """Emu3's documents with three drawn sizes and pictures of 4 to 50 codes of 2 x 2 pixels."""
@@ -115,6 +142,33 @@ def test_given_pictures_have_any_size_and_drawn_ones_those_of_the_grammar(proces
     np.testing.assert_array_equal(processor.prepared(prepared).pixels, prepared.pixels)
     parts = processor.parts([[asked, drawn]])[0]
     assert [(part.height, part.width) for part in parts] == [(8, 20), (4, 6)]
+
+
+def test_many_pixels_go_through_the_tokenizer_in_turns(processor, monkeypatch):
+    """Pictures of one size go together as far as a bound of pixels allows, at least one; their codes are the same."""
+    pictures = given([Image(NOISE[::-1]), Image(NOISE[:8, :8]), Image(NOISE), Image(255 - NOISE)])
+    spans, tokenizer, sizes = processor.spans([pictures])[0], processor.tokenizers["image"], []
+    encode = tokenizer.encode_values
+    monkeypatch.setattr(tokenizer, "encode_values", lambda values: sizes.append(len(values)) or encode(values))
+    for most in (2 * 8 * 20, 1):
+        monkeypatch.setattr("omni.processor._BATCH_PIXELS", most)
+        for one, other in zip(spans, processor.spans([pictures])[0], strict=True):
+            np.testing.assert_array_equal(one.codes, other.codes)
+    assert sizes == [2, 1, 1, 1, 1, 1, 1]
+
+
+def test_templates_of_given_sizes_are_made_once(processor, monkeypatch):
+    """Reading a size again does not write it out again; of many sizes the last ones are kept."""
+    layout, made = processor.grammar.layouts["image"], []
+    original = type(layout)._template
+    monkeypatch.setattr(type(layout), "_template", lambda self, shape: made.append(shape.size) or original(self, shape))
+    for _ in range(3):
+        processor.grammar.annotate(processor.grammar.prompt([Span("image", np.zeros((1, 9, 9), int), context=True)]))
+    assert made == [(9, 9)]
+    for columns in range(1, 70):
+        layout.template(11, columns, given=True)
+    assert layout.template(11, 69, given=True) is layout.template(11, 69, given=True)
+    assert layout.template(9, 9, given=True) is not None and made.count((9, 9)) == 2
 
 
 def test_given_sizes_are_read_as_they_are_written(processor):

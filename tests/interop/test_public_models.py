@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import json
 import shutil
 import subprocess
@@ -12,6 +13,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import text_pieces
+from chat_templates import ENTRIES, write_chameleon, write_llama
+from flax import nnx
 from public_models import NAMES, golden, greedy_with_cache, largest_error
 
 import omni
@@ -23,6 +27,7 @@ from omni.tokenizer_tools import is_tokenizer
 from omni_tokenizers import weights
 from omni_tokenizers.checkpoints.family import Settings
 from omni_tokenizers.tensor_files import INDEX, MODEL, TensorFiles, open_directory, write_directory
+from omni_tokenizers.vqgan import VQGAN, VQGANTokenizer
 
 TOLERANCE = 1e-4
 TINY = "qwen3"
@@ -400,6 +405,57 @@ def test_an_export_into_an_older_one_is_the_new_one(models, tmp_path):
     )
     models[TINY].export(tmp_path)
     np.testing.assert_array_equal(omni.load(tmp_path).logits(stored.ids), models[TINY].logits(stored.ids))
+
+
+def test_weights_in_several_files_are_not_beside_an_older_one(tmp_path):
+    """transformers would read model.safetensors before the files of an index."""
+    stored = golden(TINY)
+    shapes = {name: value.shape for name, value in stored.tensors.items()}
+    for size in (1 << 30, 6000):
+        write_directory(tmp_path, shapes, stored.tensors.items(), "float32", shard_bytes=size)
+    assert not (tmp_path / "model.safetensors").exists() and (tmp_path / "model.safetensors.index.json").exists()
+
+
+def test_an_export_of_another_model_takes_nothing_of_the_older_one(tmp_path):
+    """Neither text nor template, settings nor tokenizers of what was exported there before; what else lies there stays.
+
+    A Chameleon with all of these, one with none, and a text model with a tokenizer.model.
+    """
+    write_chameleon(tmp_path / "full", ENTRIES)
+    full, bare = omni.load(tmp_path / "full"), omni.load(golden("chameleon").write(tmp_path / "bare"))
+    config = dataclasses.replace(full.tokenizers["image"].config, has_decoder=True)
+    full.tokenizers["image"] = VQGANTokenizer(config, VQGAN(config, rngs=nnx.Rngs(0)))
+    full.generation["top_k"] = {"image": 3}
+    stored, random = golden("llama tied"), np.random.default_rng(0)
+    rows = {"model.embed_tokens.weight": random.normal(size=(400, 16)).astype(np.float32)}
+    stored = dataclasses.replace(stored, config=stored.config | {"vocab_size": 400}, tensors=stored.tensors | rows)
+    (stored.write(tmp_path / "text") / "tokenizer.model").write_bytes(text_pieces.trained(400))
+    models = {"full": full, "bare": bare, "text": omni.load(tmp_path / "text")}
+    kept = ("notes.md", "tokenizers/audio/mine")
+    for first, second in itertools.permutations(models, 2):
+        directory, alone = tmp_path / f"{first}, {second}", tmp_path / f"{second} alone"
+        models[first].export(directory)
+        for name in kept:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_text("mine")
+        for path in (directory, alone):
+            models[second].export(path)
+        found, expected = omni.load(directory), omni.load(alone)
+        assert {name: each.hash for name, each in found.tokenizers.items()} == {
+            name: each.hash for name, each in expected.tokenizers.items()
+        }
+        assert (found.generation, found.chat_template) == (expected.generation, expected.chat_template)
+        for name in ("preprocessor_config.json", "generation.json", "chat_template.jinja", "tokenizer.json"):
+            assert (directory / name).exists() == (alone / name).exists()
+        assert all((directory / name).read_text() == "mine" for name in kept)
+
+
+def test_an_export_leaves_what_it_goes_before(tmp_path):
+    """A tokenizer.model beside the tokenizer.json that is written, as Llama 2 has both, is nobody's but the user's."""
+    directory = write_llama(tmp_path)
+    (directory / "tokenizer.model").write_bytes(b"mine")
+    omni.load(directory).export(directory)
+    assert (directory / "tokenizer.model").read_bytes() == b"mine"
 
 
 def test_a_run_is_no_public_checkpoint(tiny_bundle, tiny_tokenizers, tmp_path):

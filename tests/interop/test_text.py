@@ -89,6 +89,29 @@ def test_the_tokenizer_goes_along(model, directory, tmp_path, way):
         assert open_directory(tmp_path).shape("model.embed_tokens.weight") == (512, 16)
 
 
+@pytest.mark.parametrize("directory", ["tokenizer.model"], indirect=True)
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+def test_pieces_to_which_other_files_add_tokens_are_refused(directory, tmp_path, file):
+    """Ids of text would be others than transformers', silently; names that the pieces have change nothing."""
+    for each in directory.iterdir():
+        (tmp_path / each.name).write_bytes(each.read_bytes())
+
+    def add(tokens):
+        decoder = {"added_tokens_decoder": {id: {"content": name} for name, id in tokens.items()}}
+        (tmp_path / file).write_text(json.dumps(tokens if file == "added_tokens.json" else decoder))
+
+    own = {"<s>": 1, text_pieces.THINK: 3}
+    add(own)
+    assert omni.load(tmp_path).vocabulary.hash == omni.load(directory).vocabulary.hash
+    for more in ({"<tool>": PIECES}, {"<tool>": 5}):
+        add(own | more)
+        with pytest.raises(omni.OmniError, match=r"tokenizer\.model: lacks the added token '<tool>'.*tokenizer\.json"):
+            omni.load(tmp_path)
+    add({"<tool>": 1 << 24})
+    with pytest.raises(omni.OmniError, match=f"{file}: the added token '<tool>' has {1 << 24}, which is no id"):
+        omni.load(tmp_path)
+
+
 @pytest.mark.parametrize("hop", [1, 2, 3, 4, 5])
 def test_streamed_bytes_are_the_whole_text(hop):
     """A tokenizer of bytes takes back several characters while one is not whole: nothing is shown twice, or lost."""

@@ -185,7 +185,8 @@ def write_directory(
     directory, tensors = epath.Path(directory), iter(tensors)
     directory.mkdir(parents=True, exist_ok=True)
     groups = _groups(shapes, 4 if dtype == "float32" else 2, shard_bytes)
-    (directory / INDEX).unlink(missing_ok=True)  # of what was there before
+    for name in (INDEX, MODEL):  # of what was there before; transformers reads the second first
+        (directory / name).unlink(missing_ok=True)
     names = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
     for name, group in zip([MODEL] if len(groups) == 1 else names, groups, strict=True):
         held = dict(itertools.islice(tensors, len(group)))

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from omni_tokenizers.errors import OmniError
-from omni_tokenizers.text_public import MOST_PIECES, PublicTextTokenizer
+from omni_tokenizers.text_public import JSON_FILE, MOST_PIECES, PublicTextTokenizer
 
 BREAK = "\U0010fffd"
 """Breaks in a prompt what only looks like a token's name (`Names.broken`); it is gone before text becomes pieces."""
@@ -59,7 +59,7 @@ class JsonTextTokenizer(PublicTextTokenizer):
     """Strings to codes and back, by a tokenizer.json."""
 
     type = "text_json"
-    file = "tokenizer.json"
+    file = JSON_FILE
     saved_file = "text.json"
     transformers_class = "PreTrainedTokenizerFast"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import sentencepiece
 
 from omni_tokenizers.errors import OmniError
-from omni_tokenizers.text_public import PublicTextTokenizer
+from omni_tokenizers.text_public import PIECES_FILE, PublicTextTokenizer
 
 
 class PieceTextTokenizer(PublicTextTokenizer):
@@ -17,7 +17,7 @@ class PieceTextTokenizer(PublicTextTokenizer):
     """
 
     type = "text_pieces"
-    file = "tokenizer.model"
+    file = PIECES_FILE
     saved_file = "text.model"
     transformers_class = "LlamaTokenizer"
 
@@ -31,6 +31,10 @@ class PieceTextTokenizer(PublicTextTokenizer):
             raise OmniError("not a SentencePiece model, or a damaged one")
         is_no_text = (self._processor.is_control, self._processor.is_unknown, self._processor.is_unused)
         return set(known), {token for token in known if any(kind(token) for kind in is_no_text)}
+
+    def has(self, name: str, token: int) -> bool:
+        """Whether the piece of an id has this name."""
+        return token < self._processor.vocab_size() and self._piece(token) == name
 
     def _ids_of(self, text: str) -> Sequence[int]:
         text.encode()  # the package would write other characters for lone surrogates

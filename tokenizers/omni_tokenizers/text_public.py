@@ -11,9 +11,12 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from omni_tokenizers.base import Tokenizer, fingerprint, write_description
+from omni_tokenizers.base import Tokenizer, fingerprint, read_object, write_description
 from omni_tokenizers.errors import OmniError
 
+TEXT_FILES = JSON_FILE, PIECES_FILE = "tokenizer.json", "tokenizer.model"
+"""What text tokenizers are read from, the first that is there."""
+SETTINGS = "tokenizer_config.json"
 LARGEST = 1 << 27  # bytes of such a file
 MOST_PIECES = 1 << 24
 
@@ -116,7 +119,7 @@ class PublicTextTokenizer(Tokenizer):
         """Writes the file that it was made of, and beside it what transformers asks for."""
         directory = epath.Path(directory)
         (directory / self.file).write_bytes(self._model)
-        (directory / "tokenizer_config.json").write_text(f'{{"tokenizer_class": "{self.transformers_class}"}}\n')
+        (directory / SETTINGS).write_text(f'{{"tokenizer_class": "{self.transformers_class}"}}\n')
 
     def save(self, directory: epath.PathLike) -> None:
         """Writes tokenizer.json, here this package's description, and the file that it was made of."""
@@ -151,14 +154,52 @@ class PublicTextTokenizer(Tokenizer):
 
 
 def public_text(directory: epath.PathLike, ids: Int[np.ndarray, " codes"] | None = None) -> PublicTextTokenizer | None:
-    """The text tokenizer of a checkpoint, of its tokenizer.json or else its tokenizer.model; None if it has neither."""
+    """The text tokenizer of a checkpoint, of its tokenizer.json or else its tokenizer.model; None if it has neither.
+
+    Raises:
+        OmniError: a damaged file, or a tokenizer.model to whose pieces other files add tokens.
+    """
     from omni_tokenizers.text_json import JsonTextTokenizer
     from omni_tokenizers.text_pieces import PieceTextTokenizer
 
     for kind in (JsonTextTokenizer, PieceTextTokenizer):
         if (path := epath.Path(directory) / kind.file).exists():
-            return kind.from_file(path, ids)
+            text = kind.from_file(path, ids)
+            more = [] if kind is JsonTextTokenizer else [*added_tokens(directory).items()]
+            if lacking := [name for name, token in more if not text.has(name, token)]:
+                raise OmniError(
+                    f"{path}: lacks the added token {lacking[0]!r} of the files beside it; let transformers save it as "
+                    "tokenizer.json"
+                )
+            return text
     return None
+
+
+def added_tokens(directory: epath.PathLike) -> dict[str, int]:
+    """Ids by name of the tokens that a checkpoint adds to the pieces of its text: those of tokenizer.json, or where
+    there is none, of the two files in which older versions of transformers wrote them.
+
+    Raises:
+        OmniError: a damaged file, or what is no id.
+    """
+    directory = epath.Path(directory)
+    whole, alone, settings = (directory / name for name in (JSON_FILE, "added_tokens.json", SETTINGS))
+    if whole.exists():
+        entries = read_object(whole, LARGEST).get("added_tokens")
+        entries = entries if isinstance(entries, list) else []  # what reads the whole file refuses any other form
+        found = [(whole, entry.get("content"), entry.get("id")) for entry in entries if isinstance(entry, dict)]
+    else:
+        named = read_object(alone, LARGEST) if alone.exists() else {}
+        decoder = read_object(settings, LARGEST).get("added_tokens_decoder") if settings.exists() else {}
+        decoder = decoder if isinstance(decoder, dict) else {}
+        found = [(alone, name, token) for name, token in named.items()]
+        for token, entry in decoder.items():
+            name = entry.get("content") if isinstance(entry, dict) else None
+            found.append((settings, name, int(token) if token.isascii() and token.isdecimal() else token))
+    for path, name, token in found:
+        if type(name) is not str or type(token) is not int or not 0 <= token < MOST_PIECES:
+            raise OmniError(f"{path}: the added token {name!r} has {token!r}, which is no id")
+    return {name: token for _, name, token in found}
 
 
 def _runs(ids: Iterable[int]) -> list[list[int]]:
