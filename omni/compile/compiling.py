@@ -62,7 +62,8 @@ def compile_training(config: TrainConfig, topology: str, slices: int = 1) -> dic
         schedule = Schedule(compiled.as_text(), len(devices))
         stretches = 1 if is_balanced else program.mesh.shape["context"]
         order = slice_numbers(program.mesh)
-        found |= estimate(schedule, config.task.model, tokens, length, order, accelerator, stretches).to_json()
+        work = (config.task.model, config.task.work().flops_per_token, tokens, length)
+        found |= estimate(schedule, *work, order, accelerator, stretches).to_json()
     return found
 
 

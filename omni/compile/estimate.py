@@ -9,7 +9,7 @@ from typing import Any
 from omni.accelerators import Accelerator
 from omni.compile.schedule import Program
 from omni.model.config import TENSORS, TransformerConfig
-from omni.model.presets import active_parameter_count, training_flops_per_token
+from omni.model.presets import active_parameter_count
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Estimate:
     """What one step takes on each device."""
 
     model_flops: float
-    """Operations that the model needs; see `training_flops_per_token`."""
+    """Operations that the model needs; see `omni.train.task.Work`."""
     hardware_flops: float
     """Those that the busiest device computes: the model's, what the backward pass computes anew, and where rows are
     split, what the last stretch of a row has more to look back at than the others, which wait for it."""
@@ -69,6 +69,7 @@ class Estimate:
 def estimate(
     program: Program,
     config: TransformerConfig,
+    model_flops_per_token: float,
     tokens: float,
     length: int,
     slices: Sequence[int],
@@ -78,12 +79,13 @@ def estimate(
     """The estimate of a step.
 
     Args:
+      model_flops_per_token: see `omni.train.task.Work`.
       tokens: that a device is given, on average.
       length: tokens of a row.
       stretches: devices over which a row is split as it comes, so that the last one has most to look back at.
       slices: the slice of each device of the mesh, in the mesh's order.
     """
-    model = tokens * training_flops_per_token(config, length)
+    model = tokens * model_flops_per_token
     return Estimate(
         model_flops=model,
         hardware_flops=model

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from omni.compile.estimate import kept_tensors
@@ -15,6 +17,7 @@ from omni.model.config import TENSORS, TransformerConfig
 from omni.model.presets import parameter_count
 from omni.sharding import ShardingRules, spread
 from omni.train.loop import TrainConfig
+from omni.train.optimizer import partition
 
 _MARGIN = 1.1
 _TIMES = (2, 4, 8, 16, 32, 64)
@@ -29,10 +32,11 @@ def training_remedies(config: TrainConfig, mesh: Mesh, missing: float) -> list[s
     on_device = kept_tensors(model) - set(model.offloaded)
     sizes = tensor_bytes(model, tokens, mesh.shape["tensor"])
     kept = {name: sizes[name] for name in TENSORS if name in on_device}
-    parameters = parameter_count(model) / (mesh.shape["fsdp"] * mesh.shape["tensor"] * mesh.shape["expert"])
+    split = mesh.shape["fsdp"] * mesh.shape["tensor"] * mesh.shape["expert"]
+    parameters, moving = (count / split for count in _counts(config))
     inputs = tokens * model.dim / mesh.shape["tensor"] * model.depth * _width(model)  # of the blocks
     activations = sum(kept.values()) + inputs
-    gradients = 4 * parameters if accumulation == 1 else 0  # which are summed up apart
+    gradients = 4 * moving if accumulation == 1 else 0  # which are summed up apart
 
     found = []
     if names := _enough(kept, wanted):
@@ -46,7 +50,7 @@ def training_remedies(config: TrainConfig, mesh: Mesh, missing: float) -> list[s
             found.append(f"--optimizer.accumulation {accumulation * times} ({_gib(freed)} less)")
             break
     for times in splits:
-        if (freed := (activations + 12 * parameters) * (1 - 1 / times)) >= wanted:
+        if (freed := (activations + 4 * parameters + 8 * moving) * (1 - 1 / times)) >= wanted:
             found.append(f"{times} times as many devices along fsdp ({_gib(freed)} less)")
             break
     return found
@@ -94,6 +98,13 @@ def tensor_bytes(model: TransformerConfig, tokens: float, tensor: int = 1) -> di
     widths = {"query": heads, "key": groups, "value": groups, "attention": heads}
     widths |= {"gate": hidden, "up": hidden, "attention_output": model.dim / tensor, "mlp_output": model.dim / tensor}
     return {name: tokens * width * model.depth * _width(model) for name, width in widths.items()}
+
+
+def _counts(config: TrainConfig) -> tuple[int, int]:
+    """(of all, of those that move) parameters."""
+    params = nnx.state(nnx.eval_shape(lambda: config.task.build(nnx.Rngs(0))), nnx.Param)
+    moving, _ = partition(params, config.task.trained(), config.optimizer.frozen)
+    return tuple(sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, moving))
 
 
 def _enough(kept: dict[str, float], wanted: float) -> list[str]:

@@ -66,7 +66,7 @@ def attach(model: Transformer, lora: Lora, rngs: nnx.Rngs) -> None:
 
 def merged(model: Transformer) -> Transformer:
     """The same function without adapters, of whose matrices each is W + (alpha / rank) A B: numpy, on the host."""
-    model = nnx.merge(*nnx.split(model))  # with variables of its own
+    model = nnx.merge(*nnx.split(model), copy=True)  # with variables of its own
     weights = model.blocks.weights()
     for name in INPUTS:
         if (first := name + ADAPTER + "a") in weights:

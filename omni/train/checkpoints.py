@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import difflib
 import logging
 import os
@@ -130,7 +131,8 @@ class Checkpoints:
           step: one of `steps`; the newest by default.
 
         Raises:
-          OmniError: the checkpoint cannot be read, or carries other JSON objects than this run's.
+          OmniError: the checkpoint cannot be read, carries other JSON objects than this run's, or holds a state of
+            another version of this code.
         """
         step = self.latest() if step is None else step
         path = self.directory / str(step)
@@ -139,6 +141,14 @@ class Checkpoints:
         for name, content in self._metadata.items():
             if lines := differences(content, found[name]):
                 raise OmniError(f"{path}: the checkpoint has another {name} ({'; '.join(lines)})")
+        if _has_masked_moments(written := _metadata(path / "state")):
+            return _read(path, lambda: _with_masked_moments(path / "state", abstract)), found["data"]
+        if names := sorted(_names(written) ^ _names(ocp.tree.serialize_tree(abstract, keep_empty_nodes=True))):
+            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise OmniError(
+                f"{path}: the checkpoint is whole, but its state has other parts than this version's ({some} are in "
+                "one of them alone); keep it, and go on with the version of omni that wrote it"
+            )
         state = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         return _read(path, lambda: self._manager.restore(step, args=state))["state"], found["data"]
 
@@ -208,6 +218,42 @@ def _remove_unfinished(directory: epath.Path, seconds: float = 10.0) -> None:
                 time.sleep(0.1)
 
 
+def _has_masked_moments(written: dict[str, Any]) -> bool:
+    """Whether a state's moments lie as they did until frozen parameters were kept from the optimizer: one for all
+    parameters held that of those that move."""
+    optimizer = written.get("optimizer")
+    return isinstance(optimizer, dict) and "moving" in optimizer.get("inner_states", ())
+
+
+def _with_masked_moments(path: epath.Path, abstract: TrainState) -> TrainState:
+    """The state in such a checkpoint."""
+    deeper = {"inner_states": {"moving": {"inner_state": abstract.optimizer}}}
+    wanted = dataclasses.replace(abstract, optimizer=deeper)
+    places = ocp.checkpoint_utils.construct_restore_args(wanted)
+    arguments = ocp.args.PyTreeRestore(wanted, restore_args=places, partial_restore=True)
+    found = ocp.PyTreeCheckpointHandler().restore(path, args=arguments)
+    return dataclasses.replace(found, optimizer=found.optimizer["inner_states"]["moving"]["inner_state"])
+
+
+def _metadata(path: epath.Path) -> dict[str, Any]:
+    """What a state's files say that it holds, as nested dicts and lists."""
+    return _read(path, lambda: ocp.PyTreeCheckpointHandler().metadata(path).tree)
+
+
+def _names(tree: Any) -> set[str]:
+    paths = (path for path, _ in jax.tree.leaves_with_path(tree))
+    return {jax.tree_util.keystr(path, simple=True, separator=".") for path in paths}
+
+
+def newest_step(run: epath.PathLike) -> int:
+    """The newest checkpoint's step in a run's directory; `OmniError` if it has none yet."""
+    checkpoints = absolute(run) / CHECKPOINTS
+    steps = ocp.utils.checkpoint_steps(checkpoints) if checkpoints.exists() else []
+    if not steps:
+        raise OmniError(f"{absolute(run)}: no checkpoint there yet")
+    return max(steps)
+
+
 def _lowest(metric: str) -> checkpoint_managers.PreservationPolicy:
     return checkpoint_managers.BestN(
         get_metric_fn=lambda metrics: -metrics[metric], n=1, keep_checkpoints_without_metrics=False
@@ -225,17 +271,13 @@ def restore_params(run: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]
     """
     run = absolute(run)
     config = read_json(run / CONFIG)
-    steps = ocp.utils.checkpoint_steps(run / CHECKPOINTS) if (run / CHECKPOINTS).exists() else []
-    if not steps:
-        raise OmniError(f"{run}: no checkpoint there yet")
-    path = run / CHECKPOINTS / str(max(steps)) / "state"
-    handler = ocp.PyTreeCheckpointHandler()
-    tree = _read(path, lambda: handler.metadata(path).tree)
+    path = run / CHECKPOINTS / str(newest_step(run)) / "state"
+    tree = _metadata(path)
     name = "ema" if tree.get("ema") else "params"
     wanted = {name: tree[name]}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     arguments = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
-    found = _read(path, lambda: handler.restore(path, args=arguments))
+    found = _read(path, lambda: ocp.PyTreeCheckpointHandler().restore(path, args=arguments))
     return _plain(found[name]), config
 
 

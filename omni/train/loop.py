@@ -275,7 +275,8 @@ def restore_or_start(
     if step is None:
         state = stages[0][1].start()
         if config.start_from is not None:
-            state = start_from(state, config.start_from, config.start_names or ("*",))
+            trained = stages[0][0].config.task.trained()
+            state = start_from(state, config.start_from, config.start_names or ("*",), trained)
         return state, {}
     if step > config.steps:
         raise UsageError(f"{config.output} is at step {step} already; steps is {config.steps}")

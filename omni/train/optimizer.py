@@ -176,15 +176,17 @@ def matrix_axes(params: nnx.State) -> nnx.State:
     """Which axes make up the two sides of each parameter that Muon takes as a matrix; None leaves one to AdamW.
 
     A parameter with named axes is a matrix between "embed" and all its other axes, one for each layer and expert where
-    these are stacked. Embeddings and heads, whose rows are seldom and unevenly used, stay with AdamW; so do vectors.
+    these are stacked; a side of an adapter that has no "embed", between "rank" and its others. Embeddings and heads,
+    whose rows are seldom and unevenly used, stay with AdamW; so do vectors.
     """
 
     def sides(variable: nnx.Param) -> nnx.Param:
         if not jax.tree.leaves(variable):  # masked out, as optax asks again about what is left to Muon
             return variable
         names = variable.get_metadata().get("axes") or ("input", "output")[: variable.get_value().ndim]
-        others = tuple(axis for axis, name in enumerate(names) if name not in ("layers", "experts", "embed", "input"))
-        inner = tuple(axis for axis, name in enumerate(names) if name in ("embed", "input"))
+        first = ("embed", "input") if {"embed", "input"} & set(names) else ("rank",)
+        others = tuple(axis for axis, name in enumerate(names) if name not in ("layers", "experts", *first))
+        inner = tuple(axis for axis, name in enumerate(names) if name in first)
         is_matrix = variable.get_value().ndim == len(names) and inner and others and "vocabulary" not in names
         numbers = MuonDimensionNumbers(inner, others) if is_matrix else None
         return jax.tree.map(lambda _: numbers, variable)

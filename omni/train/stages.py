@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 
 from omni.train.program import Program
-from omni.train.run_directory import differences
+from omni.train.run_directory import differences, to_json
 from omni_tokenizers.errors import UsageError
 
 if TYPE_CHECKING:
@@ -121,6 +121,9 @@ def _check_same(one: tuple[Leg, Program], other: tuple[Leg, Program]) -> None:
     shapes = ({name: variable.get_value().shape for name, variable in _variables(each)} for _, each in (one, other))
     if next(shapes) != next(shapes):
         raise UsageError("its net has other parameters than that of the first stage; all stages train one net")
+    adapters = (to_json(getattr(leg.config.task, "lora", None)) for leg, _ in (other, one))
+    if lines := differences(*adapters, "task.lora"):
+        raise UsageError(f"it changes the adapters ({'; '.join(lines)}); all stages train those of the first")
     if one is not other and (lines := differences(other[0].config.task.metadata(), one[0].config.task.metadata())):
         raise UsageError(f"its data has another vocabulary or grammar than the first stage's ({'; '.join(lines)})")
 

@@ -16,7 +16,9 @@ from flax import nnx
 from omni.model.files import DESCRIPTION, WEIGHTS
 from omni.model.lora import ADAPTERS
 from omni.sharding import placed
-from omni.train.checkpoints import CHECKPOINTS, restore_params
+from omni.train.checkpoints import CHECKPOINTS, newest_step, restore_params
+from omni.train.optimizer import fits
+from omni.train.run_directory import finished_steps
 from omni.train.step import TrainState
 from omni_tokenizers.errors import OmniError, UsageError
 from omni_tokenizers.tensor_files import TensorFiles, open_file
@@ -24,7 +26,9 @@ from omni_tokenizers.tensor_files import TensorFiles, open_file
 logger = logging.getLogger(__name__)
 
 
-def start_from(state: TrainState, run: epath.PathLike, patterns: Sequence[str]) -> TrainState:
+def start_from(
+    state: TrainState, run: epath.PathLike, patterns: Sequence[str], trained: Sequence[str] = ("*",)
+) -> TrainState:
     """The state with the parameters of another run's newest checkpoint, or of a model, and a report in the log.
 
     A model's are read one by one: the host never holds two of them. A run with adapters gives its finished model, into
@@ -33,10 +37,13 @@ def start_from(state: TrainState, run: epath.PathLike, patterns: Sequence[str]) 
     Args:
       run: a run's directory, or one of a model, such as `omni import` writes.
       patterns: which parameters, by dotted names such as `blocks.*`; `*` stands for anything.
+      trained: patterns of those that are trained; all others, which would stay as they were drawn, have to be taken.
 
     Raises:
-      OmniError: the other directory is neither run nor model, or it has no checkpoint, or adapters and no model yet.
-      UsageError: a pattern fits no parameter, or none fits that the other run has in the same shape.
+      OmniError: the other directory is neither run nor model, or it has no checkpoint, or adapters that are trained
+        further than its model.
+      UsageError: a pattern fits no parameter, none fits that the other run has in the same shape, or not all are taken
+        that are not trained.
     """
     theirs = _parameters(epath.Path(run))
     ours = nnx.to_flat_state(state.params)
@@ -59,6 +66,11 @@ def start_from(state: TrainState, run: epath.PathLike, patterns: Sequence[str]) 
     _report(run, {_name(path): value.shape for path, value in taken.items()}, left, theirs)
     if not taken:
         raise UsageError(f"start_from: {run} has none of the parameters; the log says why")
+    if random := [f"{name} ({why})" for name, why in left.items() if not fits(name.split("."), trained)]:
+        raise UsageError(
+            f"start_from: {', '.join(random)} would stay random, as the task does not train it; name a model that has "
+            "all of the same shapes, and leave start_names out"
+        )
     flat = [(path, variable.replace(taken[path]) if path in taken else variable) for path, variable in ours]
     params = nnx.from_flat_state(flat)
     ema = state.ema and jax.tree.map(lambda x: x.copy(), params)  # buffers of its own: a step is given both
@@ -79,7 +91,7 @@ def _parameters(source: epath.Path) -> _Arrays | TensorFiles:
     found = _Arrays((_name(path), value) for path, value in _leaves(restore_params(source)[0]))
     if not any(fnmatchcase(name, ADAPTERS) for name in found):
         return found
-    if not (source / DESCRIPTION).exists():
+    if finished_steps(source) < newest_step(source):
         raise OmniError(f"{source}: a run with adapters, which are merged at its end; let it finish first")
     return open_file(source / WEIGHTS)
 

@@ -35,8 +35,9 @@ class Work:
     """Tokens of an example, padding too."""
     flops_per_token: float
     """Of the model, forward and backward, as they are counted for MFU: six for each parameter in a matrix product
-    (the output head, but no table that is looked up), and those of causal attention, half a square; what is computed
-    anew to save memory does not count."""
+    (the output head, but no table that is looked up), four where adapters are trained in its place, as it has no
+    gradient, and those of causal attention, half a square; neither the adapters' own, nor what is computed anew to save
+    memory."""
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from omni.accelerators import ACCELERATORS
+from omni.compile import compiling
 from omni.compile.compiling import compile_generation, compile_training, refusal
 from omni.compile.topologies import slice_numbers, topology_devices
 from omni.model.config import TransformerConfig
-from omni.model.presets import parameter_count
+from omni.model.lora import Lora
+from omni.model.presets import active_parameter_count, parameter_count
 from omni.sharding import MeshConfig, make_mesh
 from omni.train.language import TransformerTask
 from omni.train.loop import TrainConfig
@@ -107,6 +111,19 @@ def test_a_step_is_measured(tmp_path, topology, slices, attention):
     assert 0 < found["memory"]["arguments"] < found["memory"]["total"] < found["memory"]["hbm"]
     assert (found["bytes"]["dcn"] > 0) == (slices > 1)
     assert 0 < found["mfu"][0] <= found["mfu"][1] < 1
+
+
+def test_operations_of_adapters(tmp_path, monkeypatch):
+    """Those that training counts for its own speed: matrices beside adapters have no gradient."""
+    program = SimpleNamespace(as_text=lambda: "ENTRY %main () -> () {\n}\n")
+    monkeypatch.setattr(compiling, "topology_devices", lambda *_: jax.devices()[:1])
+    monkeypatch.setattr(compiling, "_compiled", lambda *_: (program, {}))
+    config = small(tmp_path)
+    task = dataclasses.replace(config.task, lora=Lora(matrices=("query",)))
+    adapters = dataclasses.replace(config, task=task, start_from="a/model")
+    whole, fewer = (compile_training(each, "v5e:1x1")["flops"]["model"] for each in (config, adapters))
+    assert whole - fewer == 16 * 512 * 2 * active_parameter_count(SMALL)
+    assert fewer == 16 * 512 * task.work().flops_per_token
 
 
 @pytest.mark.aot

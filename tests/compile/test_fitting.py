@@ -1,15 +1,18 @@
 """What is too large says which setting would fit it: bytes counted by hand."""
 
 import dataclasses
+import re
 
 import jax
 import pytest
 
 from omni.compile.fitting import generation_remedies, tensor_bytes, training_remedies
 from omni.model.config import TransformerConfig
+from omni.model.lora import Lora
 from omni.sharding import MeshConfig, make_mesh
 from omni.train.language import TransformerTask
 from omni.train.loop import TrainConfig
+from omni.train.optimizer import OptimizerConfig
 
 GIB = 2.0**30
 MODEL = TransformerConfig(
@@ -59,6 +62,23 @@ def test_microbatches_and_devices(mesh):
     assert "--optimizer.accumulation 8 " in training_remedies(config(), mesh, 16 * GIB)[1]
     odd = dataclasses.replace(config(), batch_size=1)
     assert not any("accumulation" in each or "devices" in each for each in training_remedies(odd, mesh, 0.1 * GIB))
+
+
+def test_what_is_frozen_has_neither_gradients_nor_moments(mesh):
+    """Frozen or beside adapters, the 31.5 million parameters of both blocks cost microbatches no sum of gradients, and
+    more devices share no moments of them."""
+    blocks = 2 * (2 * 1024 * 12 * 128 + 3 * 1024 * 4096 + 2 * 1024) / GIB
+    frozen = dataclasses.replace(config(), optimizer=OptimizerConfig(frozen=("blocks.*",)))
+    lora = dataclasses.replace(
+        config().task, lora=Lora(rank=1, matrices=("key",), trained=("embedding", "norm", "head"))
+    )
+    adapters = dataclasses.replace(config(), task=lora, start_from="a/model")
+    moves, stays, adapted = (
+        [float(re.search(r"\(([\d.]+)G less", each).group(1)) for each in training_remedies(each, mesh, 9 * GIB)[1:]]
+        for each in (config(), frozen, adapters)
+    )
+    expected = [moves[0] + 4 * blocks, moves[1] - 8 * blocks / 2]
+    assert stays == pytest.approx(expected, abs=0.011) and adapted == pytest.approx(expected, abs=0.011)
 
 
 def test_generation(mesh):

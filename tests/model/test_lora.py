@@ -27,7 +27,7 @@ PAIRS = {  # the two sides of an adapter, multiplied
 
 def adapted(config, lora: Lora, *, noise: bool) -> Transformer:
     """The noisy model with adapters; `noise` fills their second sides, too."""
-    model = nnx.merge(*nnx.split(noisy_model(config)))
+    model = nnx.merge(*nnx.split(noisy_model(config)), copy=True)
     attach(model, lora, nnx.Rngs(0))
     random = np.random.default_rng(1)
     for name in lora.matrices if noise else ():
@@ -58,6 +58,9 @@ def test_adapters_are_added_to_their_matrices(name):
     assert nnx.to_pure_dict(nnx.state(whole)).keys() == nnx.to_pure_dict(nnx.state(noisy_model(config))).keys()
     np.testing.assert_allclose(apply_model(whole, ids, positions, segments), logits, atol=bound)
     assert "query_lora_a" in vars(model.blocks)  # and the adapted one is what it was
+    np.testing.assert_array_equal(apply_model(model, ids, positions, segments), logits)
+    for one, other in zip(*(jax.tree.leaves(nnx.state(each)) for each in (whole, merged(model))), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_they_begin_with_the_model_itself():

@@ -113,6 +113,36 @@ def test_accumulation_equals_one_batch():
         np.testing.assert_allclose(parts_metrics[name], metrics[name], rtol=1e-5)
 
 
+def test_what_is_frozen_of_net_and_critic():
+    """Both gradients are those of all parameters without the frozen ones, which keep their bits; norms and clipping are
+    of what moves."""
+    task, optimizer = Duel(statistics=False, adversary=Adversary(start=2)), OptimizerConfig(clip_norm=1e-3)
+    (graphdef, critic_graphdef), _, batch, (whole, _, critic_whole, _, _) = both(task)
+    frozen = dataclasses.replace(optimizer, frozen=("up.*",))
+    critic = dataclasses.replace(optimizer, frozen=("down.kernel", "up.bias"))
+    task = dataclasses.replace(task, adversary=Adversary(start=2, optimizer=critic))
+    state = jax.jit(lambda: make_state(task, frozen, 10, 0)[1])()
+    key = jax.random.fold_in(jax.random.key(0), state.step)
+    arguments = (graphdef, critic_graphdef, task, 2, state, batch, key, frozen.frozen)
+    gradient, _, critic_gradient, _, _ = jax.jit(lambda: accumulate_both(*arguments))()
+    assert set(nnx.to_pure_dict(gradient)) == {"down"} and len(jax.tree.leaves(critic_gradient)) == 2
+    assert_close(gradient["down"], whole["down"], rtol=1e-4, atol=1e-6)
+    assert_close(critic_gradient["up"]["kernel"], critic_whole["up"]["kernel"], rtol=1e-4, atol=1e-6)
+    assert_close(critic_gradient["down"]["bias"], critic_whole["down"]["bias"], rtol=1e-4, atol=1e-6)
+
+    step = jax.jit(make_train_step(graphdef, task, frozen, 10, 0, adversarial=True))
+    after, metrics = step(state, batch)
+    assert_same_bits(after.params["up"], state.params["up"])
+    assert_same_bits(after.critic.params["down"]["kernel"], state.critic.params["down"]["kernel"])
+    for name, moving, moments in (
+        ("gradient_norm", gradient, after.optimizer),
+        ("critic/gradient_norm", critic_gradient, after.critic.optimizer),
+    ):
+        assert metrics[name][0] == pytest.approx(norm(moving), rel=1e-4)
+        assert norm(moments[0].mu) == pytest.approx(0.1 * 1e-3, rel=1e-4)
+    assert norm(gradient) < 0.95 * norm(whole) and norm(critic_gradient) < 0.95 * norm(critic_whole)
+
+
 def test_before_its_start_there_is_no_critic():
     """Until then a step is that of the task without an adversary, bit for bit, and the critic keeps every bit; from
     then on both move, the critic as its own optimizer says, whose schedule begins there."""

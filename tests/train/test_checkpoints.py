@@ -15,7 +15,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from test_loop import crash, stop_at, without_times
 from training_cases import regression
 
@@ -24,6 +26,7 @@ from omni.train.checkpoints import Checkpoints, restore_params
 from omni.train.loop import train
 from omni.train.manifests import verify
 from omni.train.metrics import read_metrics
+from omni.train.optimizer import OptimizerConfig, make_optimizer
 from omni.train.step import make_state
 from omni_tokenizers.errors import OmniError, UsageError
 
@@ -218,6 +221,45 @@ def test_damaged_checkpoint_is_one_line(saved):
         with pytest.raises(OmniError, match="checkpoints/2") as error:
             read()
         assert "\n" not in str(error.value)
+
+
+def of_adamw(directory, **settings):
+    """A run with AdamW."""
+    return dataclasses.replace(regression(directory), optimizer=OptimizerConfig(**settings))
+
+
+def test_moments_of_versions_that_masked_what_is_frozen(tmp_path):
+    """They are read as this version keeps them, each where it belongs."""
+    config = of_adamw(tmp_path, frozen=("up.*", "down.bias"))
+    state, shapes = state_and_shapes(config)
+    labels = nnx.map_state(lambda path, _: "moving" if path == ("down", "kernel") else "frozen", state.params)
+    moving = make_optimizer(config.optimizer, config.steps)
+    masked = optax.multi_transform({"moving": moving, "frozen": optax.set_to_zero()}, lambda _: labels)
+    optimizer = masked.update(state.params, masked.init(state.params), state.params)[1]  # nothing in it is 0
+    expected = jax.tree.leaves(optimizer)
+    assert len(expected) == 4 and all(np.any(leaf) for leaf in expected)
+    with Checkpoints(tmp_path, 2, {}) as checkpoints:
+        checkpoints.save(at_step(dataclasses.replace(state, optimizer=optimizer), 2), {})
+        checkpoints.wait()
+        restored, _ = checkpoints.restore(shapes)
+    assert jax.tree.structure(restored) == jax.tree.structure(state) and int(restored.step) == 2
+    for a, b in zip(jax.tree.leaves(restored.optimizer), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(shapes), strict=True):
+        assert a.sharding == b.sharding
+
+
+def test_a_state_of_other_parts_is_no_damage(tmp_path):
+    """It is said to be whole and what differs, and nobody is told to remove it."""
+    state, _ = state_and_shapes(of_adamw(tmp_path))
+    _, shapes = state_and_shapes(of_adamw(tmp_path, name="adafactor"))
+    with Checkpoints(tmp_path, 2, {}) as checkpoints:
+        checkpoints.save(at_step(state, 2), {})
+        checkpoints.wait()
+        said = r"the checkpoint is whole, but .*optimizer\.\S+, .* and \d+ more .*the version of omni that wrote it$"
+        with pytest.raises(OmniError, match=said) as error:
+            checkpoints.restore(shapes)
+    assert "remove" not in str(error.value)
 
 
 def test_no_run_is_one_line(tmp_path):

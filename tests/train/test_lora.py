@@ -11,11 +11,13 @@ from test_loop import assert_same_bits
 from training_cases import language
 
 from omni.bundle import Model
-from omni.model.lora import Lora
+from omni.model.lora import Lora, merged
 from omni.train.loop import TrainConfig, train
 from omni.train.metrics import read_metrics
-from omni.train.optimizer import OptimizerConfig
+from omni.train.optimizer import OptimizerConfig, matrix_axes
 from omni.train.program import Program
+from omni.train.run_directory import write_json
+from omni.train.stages import Stage
 from omni.train.starting import start_from
 from omni_tokenizers.errors import OmniError, UsageError
 
@@ -103,10 +105,61 @@ def test_a_run_with_adapters_is_started_from_by_its_finished_model(base, trained
     written = values(nnx.state(Model.load(config.output).transformer, nnx.Param))
     for name, value in values(state.params).items():
         np.testing.assert_array_equal(value, written[name])
-    shutil.copytree(config.output, tmp_path / "unfinished")
-    (tmp_path / "unfinished" / "model.json").unlink()
-    with pytest.raises(OmniError, match="a run with adapters, which are merged at its end; let it finish"):
-        start_from(Program(base).start(), tmp_path / "unfinished", ("*",))
+    for finished in (None, {"steps": 3}):  # the second time it was, three steps earlier, and has a model of then
+        unfinished = tmp_path / f"unfinished {finished}"
+        shutil.copytree(config.output, unfinished)
+        write_json(unfinished / "finished.json", finished) if finished else (unfinished / "finished.json").unlink()
+        with pytest.raises(OmniError, match="a run with adapters, which are merged at its end; let it finish"):
+            start_from(Program(base).start(), unfinished, ("*",))
+
+
+def test_nothing_that_stays_is_random(base, tmp_path):
+    """What is neither trained nor taken from the model is named, with why; what is trained may begin anew."""
+    config = on_adapters(base, tmp_path / "run")
+    with pytest.raises(UsageError, match=r"start_from: blocks\.attention_norm \(not asked for\), .* would stay random"):
+        train(dataclasses.replace(config, start_names=("embedding", "norm")))
+    task = dataclasses.replace(config.task, model=dataclasses.replace(config.task.model, mlp_dim=128))
+    wider = dataclasses.replace(config, task=task)
+    with pytest.raises(UsageError, match=r"blocks\.gate \(\[2, 32, 64\] there, \[2, 32, 128\] here\), .*blocks\.up \("):
+        start_from(Program(wider).start(), base.output, ("*",), wider.task.trained())
+    start_from(Program(config).start(), base.output, ("blocks.*", "norm"), config.task.trained())
+
+
+def test_averages_are_of_adapters_and_what_is_written_of_averages(base, tmp_path):
+    """What stays is in the averages bit for bit; the finished model has the averaged adapters merged."""
+    config = dataclasses.replace(on_adapters(base, tmp_path / "run", ema_decay=0.9), steps=3)
+    state = train(config)
+    mean, last = values(state.ema), values(state.params)
+    for name in mean:
+        assert np.array_equal(mean[name], last[name]) != ("_lora_" in name or name == "embedding"), name
+    found = values(nnx.state(Model.load(config.output).transformer, nnx.Param))
+    averaged = values(nnx.state(merged(nnx.merge(Program(config).graphdef, state.ema, state.rest)), nnx.Param))
+    assert found.keys() == averaged.keys()
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, averaged[name])
+
+
+def test_muon_moves_both_sides(base, tmp_path):
+    """As matrices of one side "rank", one for each layer, whichever of them has "embed"."""
+    lora = Lora(rank=3, trained=("embedding",))
+    config = on_adapters(base, tmp_path / "run")
+    params = Program(dataclasses.replace(config, task=dataclasses.replace(config.task, lora=lora))).shapes.params
+    found = matrix_axes(params)["blocks"]
+    for name, (inputs, outputs) in {"query": (1, 2), "output": (2, 1), "gate": (1, 1), "down": (1, 1)}.items():
+        sides = {"a": ({*range(1, 1 + inputs)}, {1 + inputs}), "b": ({1}, {*range(2, 2 + outputs)})}
+        for side, expected in sides.items():
+            numbers = found[f"{name}_lora_{side}"].get_value()
+            assert {frozenset(axes) for axes in numbers} == {frozenset(axes) for axes in expected}, (name, side)
+
+
+def test_all_stages_train_the_same_adapters(base, tmp_path):
+    """A stage cannot give them another scale."""
+    config = on_adapters(base, tmp_path / "run")
+    stages = (Stage(2), Stage(4, {"task.lora.alpha": 600.0}))
+    with pytest.raises(
+        UsageError, match=r"stage 2: it changes the adapters \(task\.lora\.alpha: 600\.0 here, 6\.0 there\)"
+    ):
+        train(dataclasses.replace(config, stages=stages))
 
 
 def test_what_cannot_be_is_said(base, tmp_path):
