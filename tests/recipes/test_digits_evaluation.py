@@ -64,12 +64,13 @@ def interrupted():
 def test_seconds_of_a_stage_add_up_over_attempts(stages):
     """An interrupted attempt's time counts, and the attempts are told; a stage done at once is not among them."""
     stages.run("data", lambda: None, "")
+    begun = time.monotonic()
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             stages.run("tokens", interrupted, "")
     assert stages.attempts() == {"tokens": 2} and set(stages.seconds()) == {"data"}
     stages.run("tokens", lambda: time.sleep(0.2), "")
-    assert 0.6 <= stages.seconds()["tokens"] < 2 and stages.attempts() == {"tokens": 3}
+    assert 0.6 <= stages.seconds()["tokens"] <= time.monotonic() - begun + 0.15 and stages.attempts() == {"tokens": 3}
     stages.run("tokens", interrupted, "")  # done, so it is not run
 
 

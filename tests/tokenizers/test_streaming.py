@@ -32,7 +32,7 @@ CASES = [
 ]
 
 EVENTS = streaming_cases.events([0, 0, 1, 2, 5, 13, 40])
-THOROUGH = settings(max_examples=25, deadline=None, derandomize=True)
+THOROUGH = settings(max_examples=25, derandomize=True)
 
 
 def padded(x: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:

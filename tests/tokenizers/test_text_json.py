@@ -81,7 +81,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
         tokenizer.encode("a")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(names=st.lists(st.text("ab<", max_size=4)), text=st.text("ab<", min_size=1, max_size=12))
 def test_the_longest_name_is_found(names, text):
     """At each place, that of all names which begin there; an empty one is none."""
@@ -95,10 +95,10 @@ def test_the_longest_name_is_found(names, text):
 def test_strange_names_take_no_long_time(ends):
     """Thousands of names of as many lengths, in texts that could begin with any of them."""
     names = Names(["<" * length + ends for length in range(1, 3000)])
-    begun = time.monotonic()
+    begun = time.process_time()
     for text in ("<" * 5000, "<" * 1000 + "z"):
         names.broken([text])
-    assert time.monotonic() - begun < 4
+    assert time.process_time() - begun < 4
 
 
 @pytest.mark.parametrize(

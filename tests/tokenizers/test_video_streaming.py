@@ -24,7 +24,7 @@ MOST = 14
 FRAMES = {"one stage": 1, "two stages": 2, "every frame": 3, "emu3": 2}
 """What a step takes."""
 CASES = [pytest.param(name, marks=[] if name == "one stage" else pytest.mark.slow, id=name) for name in FRAMES]
-THOROUGH = settings(max_examples=25, deadline=None, derandomize=True)
+THOROUGH = settings(max_examples=25, derandomize=True)
 EVENTS = streaming_cases.events([0, 0, 1, 2, 3, 5, 9])
 
 
