@@ -24,6 +24,7 @@ COLLECTIVES = {
     "ragged-all-to-all": lambda n: (n - 1) / n,
     "collective-permute": lambda n: 1.0,
 }
+_BETWEEN_SLICES = "_xla_megascale_transfer_type"
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"}
 _FREE |= {"after-all", "partition-id", "replica-id", "opt-barrier"}
 
@@ -113,6 +114,8 @@ class Program:
             if instruction.opcode == "fusion":
                 for each in self._fused_collectives(instruction):
                     fused.setdefault(_channel(each), []).append(place)
+            elif instruction.opcode == "send" and _BETWEEN_SLICES in instruction.text:
+                yield self._between_slices(computation, place, times)
             elif (inner := self._collective(instruction)) is not None:
                 hidden = instruction.opcode.endswith("-start") and self._computes_until_done(computation, place)
                 yield self._sent(*inner, instruction, times, hidden)
@@ -128,6 +131,26 @@ class Program:
         members = len(groups[0])
         sent = 0.0 if members == 1 else COLLECTIVES[kind](members) * size * times
         return Collective(kind, sent, times, groups, hidden)
+
+    def _between_slices(self, computation: Computation, place: int, times: int) -> Collective:
+        """A collective between slices of TPUs: hosts exchange what each device hands to its own, with what its
+        counterparts in the other slices hand to theirs, and hand back what comes of it."""
+        send = computation.instructions[place]
+        meeting = re.search(r'_xla_host_transfer_rendezvous="[^"]*"', send.text).group()
+        receive = next(each for each in computation.instructions if each.opcode == "recv" and meeting in each.text)
+        kind = re.search(rf'{_BETWEEN_SLICES}="(\w+)"', send.text).group(1).lower().replace("_", "-")
+        members = len(re.search(r'_xla_megascale_target="\{([\d,]+)\}', send.text).group(1).split(","))
+        apart = self.devices // members  # slices are the first axis of a mesh
+        size = max(_bytes(_SHAPE.search(each.shape)) for each in (send, receive))
+        later = computation.instructions[place + 1 :]
+        until = next(i for i, each in enumerate(later) if each.opcode == "recv-done" and receive.name in each.operands)
+        return Collective(
+            kind,
+            COLLECTIVES[kind](members) * size * times,
+            times,
+            [list(range(first, self.devices, apart)) for first in range(apart)],
+            any(each.opcode in _COMPUTES for each in later[:until]),
+        )
 
     def _fused_collectives(self, fusion: Instruction) -> list[Instruction]:
         """The collectives inside of a fusion, of which an asynchronous one stands in every fusion that takes a step."""
@@ -227,6 +250,8 @@ class Program:
         if instruction.opcode in _UPDATES:
             part = names.get(instruction.operands[_UPDATES[instruction.opcode]])
             return 2 * _outside(part.shape) if part else 0.0
+        if instruction.opcode in ("send", "recv"):
+            return _outside(instruction.shape)  # the operand stands in it, or the result
         if instruction.opcode.endswith("-start") and instruction.shape.startswith("("):
             return _outside(instruction.shape)  # operands and results stand in it side by side
         return _outside(instruction.shape) + sum(_outside(names[n].shape) for n in instruction.operands if n in names)

@@ -193,6 +193,45 @@ def test_memory_of_what_is_handed_on():
     assert program.memory_bytes() == 4 * layer + 4 + 256 * 128 * 2
 
 
+BETWEEN_SLICES = """HloModule step, is_scheduled=true
+
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0} parameter(0)
+  %after = token[] after-all()
+  %sent = (f32[8,128]{1,0}, u32[], token[]) send(%x, %after), channel_id=2, is_host_transfer=true, ATTRIBUTES
+  %come = (RESULT{1,0}, u32[], token[]) recv(%after), channel_id=1, is_host_transfer=true, ATTRIBUTES
+  %beside = f32[8,128]{1,0} fusion(%x), kind=kLoop, calls=%beside_it
+  %arrived = (RESULT{1,0}, token[]) recv-done(%come), channel_id=1, is_host_transfer=true
+  %gone = token[] send-done(%sent), channel_id=2, is_host_transfer=true
+  ROOT %end = RESULT{1,0} get-tuple-element(%arrived), index=0
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "result", "slices", "share"),
+    [("ALL_REDUCE", "f32[8,128]", 2, 1), ("ALL_REDUCE", "f32[8,128]", 4, 1.5), ("ALL_GATHER", "f32[32,128]", 4, 3)],
+)
+def test_what_hosts_exchange(kind, result, slices, share):
+    """Between slices hosts send, for each device to its counterparts, so many times what it hands over; it is hidden
+    where computation stands before what comes back is awaited."""
+    attributes = (
+        f'frontend_attributes={{_xla_host_transfer_rendezvous="a_0",_xla_megascale_target="'
+        f'{{{",".join(map(str, range(1, slices + 1)))}}}x{{0:3}}",_xla_megascale_transfer_type="{kind}"}}'
+    )
+    text = BETWEEN_SLICES.replace("ATTRIBUTES", attributes).replace("RESULT", result)
+    (found,) = Program(
+        text.replace("fusion(%x), kind=kLoop, calls=%beside_it", "add(%x, %x)"), 4 * slices
+    ).collectives()
+    assert (found.kind, found.bytes) == (kind.lower().replace("_", "-"), share * 8 * 128 * 4) and not found.hidden
+    assert found.groups == [[first + 4 * each for each in range(slices)] for first in range(4)]
+    assert between_slices(found.groups[0], [each for each in range(slices) for _ in range(4)]) == 1
+    (found,) = Program(
+        text.replace("fusion(%x), kind=kLoop, calls=%beside_it", "dot(%x, %x)"), 4 * slices
+    ).collectives()
+    assert found.hidden
+
+
 def test_a_turn_of_the_loop(program):
     """What is outside of the loop does not count, what is inside counts once."""
     turn = program.loop()
