@@ -22,11 +22,11 @@ class Traced(BaseException):
 
 
 def traced(start) -> str:
-    """The jaxpr of the step that `start` calls or lowers, without addresses in memory."""
+    """The jaxpr of the step that `start` calls or lowers, without addresses in memory and the names of chips."""
     try:
         start()
     except Traced as found:
-        return re.sub(r"0x[0-9a-f]+", "", str(found))
+        return re.sub(r"0x[0-9a-f]+|device_kind=[^)]*", "", str(found))
     raise AssertionError("no step was called or lowered")
 
 

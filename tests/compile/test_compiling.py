@@ -14,7 +14,7 @@ import pytest
 from omni.accelerators import ACCELERATORS
 from omni.compile import compiling
 from omni.compile.compiling import compile_generation, compile_training, refusal
-from omni.compile.topologies import slice_numbers, topology_devices
+from omni.compile.topologies import GPUS, slice_numbers, topology_devices
 from omni.model.config import TransformerConfig
 from omni.model.lora import Lora
 from omni.model.presets import active_parameter_count, parameter_count
@@ -34,6 +34,12 @@ SMALL = TransformerConfig(
     compute_dtype="bfloat16",
     remat="blocks",
 )
+
+
+def skip_without_compiler(topology: str) -> None:
+    """Skips a test of GPUs where jax's plugin for them is missing; libtpu is what `aot` needs anyway."""
+    if topology.partition(":")[0] in GPUS:
+        pytest.importorskip("jax_cuda13_plugin", reason="needs jax's plugin: pip install 'omni-any-to-any[aot-gpu]'")
 
 
 def small(tmp_path, **changes) -> TrainConfig:
@@ -101,6 +107,7 @@ def test_compiles_what_trains_for_chips(tmp_path):
 def test_a_step_is_measured(tmp_path, topology, slices, attention):
     """Forward and backward: memory, arithmetic and traffic are there, and what is sent between slices, or machines of
     GPUs, if there are two."""
+    skip_without_compiler(topology)
     mesh = MeshConfig(slice=slices, data=1, fsdp=-1)
     config = dataclasses.replace(small(tmp_path, attention=attention), mesh=mesh)
     found = compile_training(config, topology, slices)
@@ -131,6 +138,7 @@ def test_operations_of_adapters(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("topology", "memory"), [("v5e:2x2", "15.75G"), ("h100:4", "74.51G")])
 def test_too_large_for_a_chip(tmp_path, topology, memory):
     """A step that does not fit is an error that says by how much."""
+    skip_without_compiler(topology)
     config = dataclasses.replace(small(tmp_path, dim=8192, mlp_dim=32768, depth=48), mesh=MeshConfig(data=-1))
     with pytest.raises(OmniError, match=rf"needs [\d.]+G of a device's {memory}, [\d.]+G too much"):
         compile_training(config, topology)
