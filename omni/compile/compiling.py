@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -128,7 +129,10 @@ def _compiled(
     """
     is_gpu = topology.partition(":")[0] in GPUS
     try:
-        compiled = lowered.compile(compiler_options=WITHOUT_A_GPU if is_gpu else None)
+        with warnings.catch_warnings():
+            # Of devices that are not there jax's cache of programs reads none, and each is compiled anew.
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
+            compiled = lowered.compile(compiler_options=WITHOUT_A_GPU if is_gpu else None)
     except jax.errors.JaxRuntimeError as error:
         raise OmniError(refusal(str(error), topology, remedies)) from error
     used = memory(compiled) | {"hbm": accelerator_named(topology).memory}
