@@ -99,8 +99,9 @@ def test_a_batch_without_a_modality_has_finite_terms():
 def test_gradients():
     """Along random directions, those of finite differences, the router's too."""
     weights, random = layer(EXPERTS), np.random.default_rng(2)
-    x = random.normal(size=(1, 6, TINY.dim)).astype(np.float32)
+    x = jnp.asarray(random.normal(size=(1, 6, TINY.dim)), jnp.float32)
 
+    @jax.jit
     def loss(weights):
         y, terms = mixture(EXPERTS, weights, x, Routing(jnp.ones((1, 6), bool), None))
         return jnp.sum(jnp.sin(y)) + terms["balance"] + terms["router_z"]
