@@ -92,7 +92,7 @@ def test_a_batch_without_a_modality_has_finite_terms():
         def terms(router, tokens=tokens):
             return sum(mixture(GROUPED, weights | {"router": router}, x, tokens)[1].values())
 
-        value, gradient = jax.value_and_grad(terms)(weights["router"])
+        value, gradient = jax.jit(jax.value_and_grad(terms))(weights["router"])
         assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
@@ -123,7 +123,8 @@ def test_decoding_routes_too(config):
     model = noisy_model(config)
     expected = nnx.jit(lambda model: model(ids, positions, None))(model)
     decoder = make_decoder(model)
-    found, _ = apply_decoder(decoder, ids, positions, jnp.zeros(2, jnp.int32), init_cache(config, 2, 16))
+    empty = init_cache(config, 2, 16)
+    found, _ = jax.jit(apply_decoder)(decoder, ids, positions, jnp.zeros(2, jnp.int32), empty)
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 
