@@ -85,7 +85,7 @@ def test_groups_and_padding():
 def test_a_batch_without_a_modality_has_finite_terms():
     """And so has one of padding alone, forward and backward."""
     weights = layer(GROUPED)
-    x = np.random.default_rng(4).normal(size=(1, 5, TINY.dim)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(1, 5, TINY.dim)), jnp.float32)
     for segments in (np.ones((1, 5)), np.zeros((1, 5))):
         tokens = routing(GROUPED, np.full((1, 5), 40), segments)
 
