@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
+from host_devices import host_devices
 from jax.sharding import AxisType, PartitionSpec
 
 from omni.model import Transformer, TransformerConfig
@@ -102,7 +103,7 @@ def test_eight_devices_compute_what_one_does():
     Each device computes its 2 rows of 8 and holds activations of no more; what the scan over both layers keeps of the
     residual stream is further split along the length.
     """
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = host_devices(8)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, "-c", textwrap.dedent(EIGHT_DEVICES)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from host_devices import host_devices
 from loopback_storage import BUCKET, Faults, bucket_of_this_process, loopback_bucket, upload
 from tokenizing import BAD, DOCUMENTS, make_config, make_folder
 
@@ -55,9 +56,8 @@ def digests(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def launch(folder, output, *settings: str, devices: int = 1, log=None, environment=os.environ) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = environment | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+def launch(folder, output, *settings: str, devices: int = 1, log=None, job=None) -> subprocess.Popen:
+    environment = host_devices(devices) | (job or {})
     with Path(log or f"{output}.log").open("a") as log:
         command = [sys.executable, str(WORKER), str(folder), str(output), *settings]
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -217,7 +217,7 @@ def test_processes_that_jax_finds_part_at_once(folder, whole, tmp_path):
         launch(
             *(folder, output, "distributed=True", "pause=0.1"),
             log=tmp_path / str(task),
-            environment=os.environ | job | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
+            job=job | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
         )
         for task in range(2)
     )

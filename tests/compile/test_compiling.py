@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from host_devices import host_devices
 
 from omni.accelerators import ACCELERATORS
 from omni.compile import compiling
@@ -79,10 +79,9 @@ def test_what_does_not_fit_says_by_how_much(message):
 
 def compare_steps(tmp_path, *topology) -> str:
     """What `step_jaxprs.py` says on eight devices that are none."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     script = Path(__file__).with_name("step_jaxprs.py")
     command = [sys.executable, str(script), str(tmp_path / "run"), *topology]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=host_devices(8), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,22 +1,21 @@
 """Generation on a mesh of devices is generation on one."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from host_devices import host_devices
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
 
 
 def launch(devices: int, *others: str) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(WORKER), *others]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=host_devices(devices), stdout=pipe, stderr=pipe, text=True)
 
 
 def printed(process: subprocess.Popen) -> dict:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from host_devices import host_devices
 from transformer_cases import TINY
 
 from omni.model import splash
@@ -120,9 +121,10 @@ SPLIT = """
 def test_split_over_devices_it_is_attention():
     """Queries split along length and heads over four devices, in the balanced order and as they come, by both kernels:
     values and gradients."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     command = [sys.executable, "-c", textwrap.dedent(SPLIT)]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
+    environment = host_devices(4)
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

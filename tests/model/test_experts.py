@@ -85,22 +85,23 @@ def test_groups_and_padding():
 def test_a_batch_without_a_modality_has_finite_terms():
     """And so has one of padding alone, forward and backward."""
     weights = layer(GROUPED)
-    x = np.random.default_rng(4).normal(size=(1, 5, TINY.dim)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(1, 5, TINY.dim)), jnp.float32)
     for segments in (np.ones((1, 5)), np.zeros((1, 5))):
         tokens = routing(GROUPED, np.full((1, 5), 40), segments)
 
         def terms(router, tokens=tokens):
             return sum(mixture(GROUPED, weights | {"router": router}, x, tokens)[1].values())
 
-        value, gradient = jax.value_and_grad(terms)(weights["router"])
+        value, gradient = jax.jit(jax.value_and_grad(terms))(weights["router"])
         assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
 def test_gradients():
     """Along random directions, those of finite differences, the router's too."""
     weights, random = layer(EXPERTS), np.random.default_rng(2)
-    x = random.normal(size=(1, 6, TINY.dim)).astype(np.float32)
+    x = jnp.asarray(random.normal(size=(1, 6, TINY.dim)), jnp.float32)
 
+    @jax.jit
     def loss(weights):
         y, terms = mixture(EXPERTS, weights, x, Routing(jnp.ones((1, 6), bool), None))
         return jnp.sum(jnp.sin(y)) + terms["balance"] + terms["router_z"]
@@ -122,7 +123,8 @@ def test_decoding_routes_too(config):
     model = noisy_model(config)
     expected = nnx.jit(lambda model: model(ids, positions, None))(model)
     decoder = make_decoder(model)
-    found, _ = apply_decoder(decoder, ids, positions, jnp.zeros(2, jnp.int32), init_cache(config, 2, 16))
+    empty = init_cache(config, 2, 16)
+    found, _ = jax.jit(apply_decoder)(decoder, ids, positions, jnp.zeros(2, jnp.int32), empty)
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 

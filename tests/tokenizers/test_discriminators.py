@@ -1,5 +1,7 @@
 """Discriminators: shapes, what they see, and that they learn to tell."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +80,8 @@ def test_it_learns_to_tell(config, examples, rate):
         net = nnx.merge(graphdef, params)
         return hinge(net(real)[0], net(fake)[0]).mean()
 
-    @jax.jit
+    # Optimised, as for users: its convolutions run twenty times as long without.
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
     def step(params, moments, real, fake):
         value, gradient = jax.value_and_grad(loss)(params, real, fake)
         updates, moments = optimizer.update(gradient, moments, params)

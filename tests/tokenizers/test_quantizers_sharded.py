@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 import pytest
+from host_devices import host_devices
 
 FOUR_DEVICES = """
     import json, sys
@@ -80,7 +81,7 @@ FOUR_DEVICES = """
 
 @pytest.fixture(scope="module")
 def found():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = host_devices(4)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, "-c", textwrap.dedent(FOUR_DEVICES)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from flax import nnx
+from host_devices import host_devices
 from jax.sharding import AbstractMesh
 from tokenizer_cases import TASKS
 
@@ -76,7 +77,7 @@ TRAININGS = """
 
 def on_eight_devices(script: str, *arguments: str) -> dict:
     """What a script prints, as JSON, in a process with eight devices."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = host_devices(8)
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
