@@ -210,6 +210,7 @@ def test_a_sound_of_192_khz_and_8_channels_is_read(run, tiny_bundle, tmp_path):
         (["quickstart", "--imagee-variants", "3"], 2, "the nearest is --image-variants"),
         (["quickstart", "--transformer.dept=3"], 2, "the nearest is --transformer.depth"),
         (["quickstart", "--image-variants", "many"], 2, "image-variants"),
+        (["quickstart", "--voices", "2"], 2, "at least 3"),
         (["fly"], 2, "invalid choice"),
         (["eval", "."], 1, "no run of the digits recipe"),
         (["eval", ".", "--model", "MODEL"], 2, "with --output"),

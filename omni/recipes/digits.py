@@ -102,6 +102,8 @@ class DigitsRecipe:
     """Directory of the run."""
     seed: int = 0
     """Seed of everything: splits, parameters, orders, replies."""
+    voices: int | None = None
+    """Voices that speak, a fifth of them held out; None for all that espeak-ng has."""
     text_vocabulary: int = 320
     """Most pieces of the text tokenizer, 256 bytes among them."""
     image: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
@@ -147,6 +149,8 @@ class DigitsRecipe:
     """What is measured."""
 
     def __post_init__(self) -> None:
+        if self.voices is not None and self.voices < digits_data.FEWEST_VOICES:
+            raise UsageError(f"voices is {self.voices}; it must be at least {digits_data.FEWEST_VOICES}")
         own = {name: getattr(self, name) for name in ("temperature", "guidance", "loss_weights")}
         for name, setting in (*own.items(), *self.evaluation.sampling.items()):
             if unknown := sorted(set(setting) - set(MODALITIES)):
@@ -173,7 +177,7 @@ class DigitsRecipe:
             return omni_tokenizers.load(output / "tokenizers" / modality)
 
         def make_data() -> None:
-            digits_data.prepare(data, self.seed)
+            digits_data.prepare(data, self.seed, self.voices)
 
         def train_text() -> None:
             TextTokenizer.train(training_text(), self.text_vocabulary).save(output / "tokenizers" / "text")

@@ -42,6 +42,7 @@ SAMPLE_RATE = 16000
 LONGEST = 15360  # samples: 0.96 s
 EXCERPT = 7680  # samples that the codec is trained on at once: half of the words are no longer than 0.37 s
 UTTERANCES = 4  # of each word by each voice
+FEWEST_VOICES = 3  # of which one is held out
 RATES = (130, 221)
 PITCHES = (20, 81)
 SPEED = 0.08  # logarithm of the most by which an utterance is played faster or slower
@@ -95,18 +96,21 @@ class DigitsData:
     test: DigitsSplit
 
 
-def prepare(directory: epath.PathLike, seed: int = 0) -> epath.Path:
+def prepare(directory: epath.PathLike, seed: int = 0, voices: int | None = None) -> epath.Path:
     """Writes the datasets `digit_scans` and `digit_speech` (splits train and test); the directory appears when whole.
 
-    The content is a pure function of the seed and the packages' versions; a directory that is there already with this
-    seed is left alone. Takes about 20 seconds.
+    The content is a pure function of the arguments and the packages' versions; a directory that is there already with
+    these is left alone. Takes about 20 seconds.
+
+    Args:
+      voices: how many variants of espeak-ng's voices speak, at least `FEWEST_VOICES`; None for all.
 
     Raises:
       OmniError: the directory holds something else, a package of the extra `quickstart` is missing, or espeak-ng fails.
     """
 
     def fill(partial: epath.Path) -> dict:
-        scans, speech = list(_scan_records(seed)), list(_speech_records(seed))
+        scans, speech = list(_scan_records(seed)), list(_speech_records(seed, voices))
         counts = {
             "digit_scans": _write(partial, "digit_scans", scans),
             "digit_speech": _write(partial, "digit_speech", speech),
@@ -114,7 +118,7 @@ def prepare(directory: epath.PathLike, seed: int = 0) -> epath.Path:
         packages = ("espeakng-loader", "scikit-learn", "scipy", "soxr")
         return {"counts": counts, "packages": {name: importlib.metadata.version(name) for name in packages}}
 
-    return make_once(directory, "digits data", {"format": FORMAT, "seed": seed}, fill)
+    return make_once(directory, "digits data", {"format": FORMAT, "seed": seed, "voices": voices}, fill)
 
 
 def load(directory: epath.PathLike) -> DigitsData:
@@ -275,8 +279,8 @@ def _scan_records(seed: int) -> Iterator[tuple[str, dict]]:
         yield split, {"image": png, "raw": scans.raw[i], "label": int(scans.labels[i]), "scan": scan}
 
 
-def _speech_records(seed: int) -> Iterator[tuple[str, dict]]:
-    variants = [variant for variant in espeak.variants() if variant not in TOO_SLOW]
+def _speech_records(seed: int, voices: int | None = None) -> Iterator[tuple[str, dict]]:
+    variants = [variant for variant in espeak.variants() if variant not in TOO_SLOW][:voices]
     rng = np.random.default_rng([seed, 1])
     splits = _split(variants, rng)
     plan = [

@@ -17,7 +17,8 @@ def make_once(directory: epath.PathLike, what: str, manifest: dict, fill: Callab
 
     Args:
       what: what it is, for messages.
-      manifest: "format" and "seed", of which the data is a function; manifest.json begins with them.
+      manifest: "format", "seed" and whatever else the data is a function of; manifest.json begins with them. What came
+        later than some data is null there unless it is chosen.
       fill: writes the data into the directory that it is given, and returns the rest of the manifest.
 
     Raises:

@@ -1,7 +1,8 @@
 """The same run on several meshes: meshes.py OUTPUT STEPS EXPERTS MESH ..., a MESH as data=2,fsdp=4 or one.
 
-Writes each mesh's losses and gradient of the first step to OUTPUT/MESH.npz. What it trains is cut into pieces where a
-long run would be: a few queries and logits at a time.
+Writes each mesh's losses and gradient of the first step to OUTPUT/MESH.npz; the gradient is the one that the step has
+used, as its moments have kept it. What it trains is cut into pieces where a long run would be: a few queries and logits
+at a time.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from omni.sharding import (
 )
 from omni.train.loop import place
 from omni.train.optimizer import OptimizerConfig
-from omni.train.step import accumulate, make_state, make_train_step
+from omni.train.step import Metrics, TrainState, make_state, make_train_step
 
 output, steps, experts, *meshes = sys.argv[1:]
 config = language(Path(output) / "run", dim=64, steps=int(steps), batch_size=8)
@@ -59,15 +60,20 @@ def run(mesh: str) -> dict[str, np.ndarray]:
     data, losses = iter(batches(task.dataset(0), 8)), []
     with activations_on(mesh, rules):
         for number in range(int(steps)):
-            batch = place(next(data), rows, 8)
-            if number == 0:
-                gradient = jax.jit(lambda s, b: accumulate(graphdef, task, 1, s, b, jax.random.key(0))[0])(state, batch)
-            state, metrics = step(state, batch)
+            state, metrics = step(state, place(next(data), rows, 8))
             losses.append(metrics["loss"])
+            if number == 0:
+                gradient = first_gradient(*jax.device_get((state, metrics)))
     totals = np.array(jax.device_get(losses))
-    flat = nnx.to_flat_state(jax.device_get(gradient))
-    gradients = {f"gradient.{'.'.join(map(str, path))}": np.asarray(value.get_value()) for path, value in flat}
-    return {"losses": totals[:, 0] / totals[:, 1], **gradients}
+    return {"losses": totals[:, 0] / totals[:, 1], **gradient}
+
+
+def first_gradient(state: TrainState, metrics: Metrics) -> dict[str, np.ndarray]:
+    """The gradient of the first step, from the running mean that began with it, before clipping."""
+    norm = metrics["gradient_norm"][0]
+    scale = max(1, norm / optimizer.clip_norm) / (1 - optimizer.beta1)
+    means = nnx.to_flat_state(state.optimizer[0].mu)
+    return {f"gradient.{'.'.join(map(str, path))}": scale * np.asarray(mean.get_value()) for path, mean in means}
 
 
 for name in meshes:

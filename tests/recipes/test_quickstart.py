@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 from killing import MOMENTS, finish, found, kill_at, start
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised_processes")]  # judges take long without
+pytestmark = pytest.mark.slow
 
 TINY = [
     *("--image-training.steps", "8", "--image-training.batch-size", "16", "--image.channels", "16"),
     *("--audio-training.steps", "8", "--audio-training.batch-size", "8", "--audio.dim", "16"),
-    *("--image-variants", "1", "--documents", "300"),
+    *("--voices", "10", "--image-variants", "1", "--documents", "300"),
     *("--transformer-training.steps", "12", "--transformer-training.batch-size", "4", "--checkpoint-every", "3"),
     *("--transformer.depth", "2", "--transformer.dim", "32", "--transformer.heads", "2"),
     *("--transformer.key-value-heads", "1", "--transformer.head-dim", "16", "--transformer.mlp-dim", "64"),
     # As many replies everywhere, so that they are answered by the same programs: most of the time is spent compiling.
-    *("--evaluation.per-direction", "4", "--evaluation.shuffled", "4", "--evaluation.requests", "4"),
-    *("--evaluation.unconstrained", "4", "--evaluation.documents", "4", "--evaluation.shown", "2"),
+    # Two are the fewest, and as many prompts of all modalities together are always answered.
+    *("--evaluation.per-direction", "2", "--evaluation.shuffled", "2", "--evaluation.requests", "2"),
+    *("--evaluation.unconstrained", "2", "--evaluation.documents", "2", "--evaluation.shown", "2"),
     *("--evaluation.heard", "8"),
 ]
 ROOT = Path(__file__).parents[2]
@@ -45,7 +46,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, wheel, optimised_processes) -> Path:
+def undisturbed(tmp_path_factory, wheel) -> Path:
     """A finished tiny run of the wheel."""
     output = tmp_path_factory.mktemp("undisturbed") / "run"
     printed = finish(start(output, TINY, wheel), output)
