@@ -198,7 +198,11 @@ def advance(
     def body(carry: tuple[Int[Array, ""], State]) -> tuple[Int[Array, ""], State]:
         taken, state = carry
         state, token = emit(decoder, rules, blocks, settings, state)
-        return taken + 1, read(decoder, rules, settings, state, token)
+        # What ends the last reply is not read: a loop of one turn or none, since XLA copies a cache that goes through a
+        # conditional.
+        turns = jnp.any(~state.done).astype(jnp.int32)
+        reading = partial(read, decoder, rules, settings, token=token)
+        return taken + 1, jax.lax.fori_loop(0, turns, lambda _, state: reading(state), state)
 
     start = replace(state, ended=jnp.zeros((), jnp.int32))
     return everywhere(jax.lax.while_loop(more, body, (jnp.zeros((), jnp.int32), start))[1])

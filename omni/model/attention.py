@@ -1,5 +1,6 @@
 """Attention over whole sequences, split over a mesh, and over a cache."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -23,6 +24,8 @@ Stored = Held  # [rows, key_value_heads, slots, head_dim]
 Cache = tuple[Stored, Stored]
 HEAD = (-1,)
 """The axis of keys and values whose numbers share a scale in a cache in int8."""
+QUERIES = 256
+"""Queries of a piece of a prompt that read the same part of the cache."""
 
 
 def row_order(length: int) -> Int[np.ndarray, " length"] | None:
@@ -228,6 +231,8 @@ def write_cache(
     """Put token i of each row in its slot of the cache's rows (by default all, in order); rows that do not exist and
     slots beyond the capacity are dropped, never wrapped or clamped."""
     rows = jnp.arange(slots.shape[0]) if rows is None else rows
+    if slots.size == 1:  # XLA makes a scatter of one index an update, and copies the whole cache for it
+        rows, slots, key, value = (jnp.repeat(x, 2, axis=0) for x in (rows, slots, key, value))
 
     def put(old: Array, new: Array) -> Array:
         return old.at[rows[:, None], :, slots].set(new.astype(old.dtype), mode="drop")
@@ -243,13 +248,44 @@ def slot_mask(slots: Int[Array, "rows length"], capacity: int) -> Mask:
     return (jnp.arange(capacity) <= slots[:, :, None])[:, None]
 
 
-def attend_slots(query: Heads, cache: Cache, mask: Mask) -> Heads:
-    """`attend` over a cache, whose layout makes the queries of a group rows of one matrix product.
+def attend_slots(
+    query: Heads, prefix: Callable[[int], Cache], slots: Int[Array, "rows length"], capacity: int
+) -> Heads:
+    """`attend` over a cache in which the keys and values of these queries stand already, in consecutive `slots`.
 
-    The cache is read where it lies: through `dot_product_attention` it is transposed for every token, which on a CPU
-    takes longer than the rest of the step.
+    A piece of a prompt reads little more of the cache than it sees, wherever it begins, in one program: of prefixes,
+    each twice as long as the one before, the shortest in which it ends. A single token reads the whole cache, where it
+    lies.
+
+    Args:
+      prefix: so many of the cache's first slots, of the rows of these queries.
     """
-    keys, values = (dequantized(stored).astype(query.dtype) for stored in cache)
+    length = query.shape[1]
+    sizes = [length << i for i in range(capacity.bit_length()) if length > 1 and length << i < capacity]
+
+    def read(size: int) -> Heads:
+        own = tuple(dequantized(stored).astype(query.dtype) for stored in prefix(size))
+        # All end within a prefix, so that its last slots are hidden from all but the last queries; but what goes beyond
+        # the capacity ends nowhere.
+        ahead = size - length if size < capacity else size
+        found = []
+        for start in range(0, length, QUERIES):
+            some, seen = slice(start, start + QUERIES), ahead + start + QUERIES
+            own_slots = tuple(stored[:, :, :seen] for stored in own)
+            found.append(_attend_prefix(query[:, some], *own_slots, slots[:, some]))
+        return jnp.concatenate(found, axis=1)
+
+    smaller = jnp.max(slots[:, 0]) + length > jnp.array(sizes, jnp.int32)
+    return jax.lax.switch(jnp.sum(smaller), [partial(read, size) for size in (*sizes, capacity)])
+
+
+def _attend_prefix(query: Heads, keys: Array, values: Array, slots: Int[Array, "rows length"]) -> Heads:
+    """Queries of the tokens in `slots`, over keys and values [rows, key_value_heads, slots, head_dim].
+
+    This layout makes the queries of a group rows of one matrix product, and keys and values are read where they lie:
+    through `dot_product_attention` a cache is transposed for every token, which on a CPU takes longer than the rest of
+    the step.
+    """
     rows, length, heads, head_dim = query.shape
     groups = keys.shape[1]
     query = query.reshape(rows, length, groups, -1, head_dim).transpose(0, 2, 3, 1, 4)
@@ -257,6 +293,7 @@ def attend_slots(query: Heads, cache: Cache, mask: Mask) -> Heads:
     scores = jnp.einsum(
         "rgqd,rgsd->rgqs", query.reshape(rows, groups, -1, head_dim), keys, preferred_element_type=jnp.float32
     )
+    mask = slot_mask(slots, keys.shape[2])
     scores = jnp.where(jnp.tile(mask, (1, 1, share, 1)), scores * head_dim**-0.5, -jnp.inf)
     read = jax.nn.softmax(scores, axis=-1).astype(values.dtype) @ values
     return read.reshape(rows, groups, share, length, head_dim).transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, -1)

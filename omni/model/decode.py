@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from omni.model import experts
-from omni.model.attention import HEAD, Cache, Heads, KeyValueHeads, Mask, Stored, attend_slots, slot_mask, write_cache
+from omni.model.attention import HEAD, Cache, Heads, KeyValueHeads, Stored, attend_slots, write_cache
 from omni.model.config import TransformerConfig
 from omni.model.positions import rotation
 from omni.model.quantized import Held, dequantized, quantized
@@ -175,11 +175,10 @@ def decoder_stream(
     config = decoder.config
     by = rotation(config, positions)
     slots = slots[:, None] + jnp.arange(ids.shape[1])
-    mask = slot_mask(slots, cache[0][0].shape[2])
     x, tokens = embed(config, decoder.embedding, ids), experts.routing(config, ids)
     new_cache = []
     for weights, layer_cache in zip(decoder.layers, cache, strict=True):
-        attend = partial(attend_cache, layer_cache, slots, mask, cache_rows)
+        attend = partial(attend_cache, layer_cache, slots, cache_rows)
         weights = {name: dequantized(weight) for name, weight in weights.items()}
         x, layer_cache, _ = block(config, weights, x, by, attend, tokens=tokens)
         new_cache.append(layer_cache)
@@ -191,13 +190,16 @@ def decoder_stream(
 def attend_cache(
     cache: Cache,
     slots: Int[Array, "rows length"],
-    mask: Mask,
     rows: Int[Array, " rows"] | None,
     query: Heads,
     key: KeyValueHeads,
     value: KeyValueHeads,
 ) -> tuple[Heads, Cache]:
-    """Write keys and values into their slots, then attend to all slots that the mask shows."""
+    """Write keys and values into their slots, then attend to these and all before them."""
     cache = jax.tree.map(_laid_out, write_cache(cache, key, value, slots, rows))
-    own = cache if rows is None else jax.tree.map(lambda stored: _laid_out(stored[rows]), cache)
-    return attend_slots(query, own, mask), cache
+
+    def prefix(size: int) -> Cache:
+        own = slice(None) if rows is None else rows
+        return jax.tree.map(lambda stored: _laid_out(stored[:, :, :size][own]), cache)
+
+    return attend_slots(query, prefix, slots, cache[0].shape[2]), cache

@@ -1,8 +1,10 @@
 """The batched, cached engine against the slow reference, and its counts of steps and compilations."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from reference import (
@@ -22,8 +24,8 @@ from reference import (
     three_passes,
 )
 
-from omni.generate import Engine, Shadow, guidance_shadows, rules, unconditional_shadow
-from omni.generate.loop import guided_logits
+from omni.generate import Engine, Shadow, guidance_shadows, loop, rules, unconditional_shadow
+from omni.generate.loop import guided_logits, read
 from omni.model import make_decoder
 from omni_tokenizers.errors import OmniError
 
@@ -226,6 +228,31 @@ def test_a_batch_takes_the_steps_of_its_longest_in_one_program(model, grammar):
     read = engine.counts.pop("read")
     assert engine.counts == {"read_prompts": 1, "copy_rows": 1, "enter": 1, "advance": 1, "steps": max(lengths)}
     assert read > 16  # all but the one that two requests have as their shadow
+
+
+def test_what_ends_the_last_reply_is_not_read(model, grammar, monkeypatch):
+    """The transformer reads one token less than a batch emits, of however many requests; none for replies of one."""
+    turns = []
+
+    def counted(*arguments, **named):
+        jax.debug.callback(lambda: turns.append(1))
+        return read(*arguments, **named)
+
+    monkeypatch.setattr(loop, "read", counted)
+    for lengths in ((1,), (1, 1), (9,), (3, 12)):
+        requests = [request(grammar, prompt(grammar, 1, "text"), max_tokens=most) for most in lengths]
+        engine, before = Engine(make_decoder(model), grammar), len(turns)
+        engine.generate(requests)
+        jax.effects_barrier()
+        assert len(turns) - before == engine.counts["steps"] - 1
+
+
+@pytest.mark.parametrize("requests", [1, 4])
+def test_no_token_copies_the_cache(model, grammar, requests):
+    """Keys and values are written where the cache lies: the compiled loop holds no copy of one."""
+    compiled = Engine(make_decoder(model), grammar).lower(requests, capacity=96).compile().as_text()
+    stored = f"f32[{requests},2,96,8]"
+    assert stored in compiled and not re.findall(rf"= {re.escape(stored)}\S* copy\(", compiled)
 
 
 def test_what_is_lowered_from_shapes_is_what_runs(model, grammar):

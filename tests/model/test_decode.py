@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -62,6 +63,33 @@ def test_prefill_in_pieces():
     np.testing.assert_allclose(logits[valid], expected[rows, inside][valid], atol=1e-5 * np.abs(expected).max())
     again, _ = apply(decoder, ids[:, -1:], positions[:, -1:], np.full(2, CAPACITY - 1, np.int32), cache)
     np.testing.assert_allclose(again[0, 0], expected[0, -1], atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("sizes", [(32,), (8, 8, 8, 8), (2, 16, 1, 13), (20, 4, 4, 4)])
+def test_pieces_are_the_whole_and_read_what_is_there(sizes, monkeypatch):
+    """However a prompt is cut, its logits are those of the whole, in rows that begin apart and beside padding that the
+    cache has no room for. What lies beyond twice the tokens read, not even a number, is never touched by a piece."""
+    monkeypatch.setattr("omni.model.attention.QUERIES", 4)
+    model, random, late = MODELS["pre rms"], np.random.default_rng(0), 3
+    length = sum(sizes)
+    ids = random.integers(0, TINY.vocabulary_size, (2, length), dtype=np.int32)
+    positions = random.integers(0, 40, (2, length, 3), dtype=np.int32)
+    expected = np.asarray(apply_model(model, ids, positions, None))
+    decoder, step = DECODERS["pre rms"], jax.jit(lambda *arguments: apply_decoder(*arguments))  # no trace of `apply`
+    cache = init_cache(model.config, 2, length + 1)
+    _, cache = step(decoder, ids[:, :late], positions[:, :late], np.zeros(2, np.int32), cache)
+    starts = np.array([0, late], np.int32)  # the second row goes on after what both have read, the first begins anew
+    for size in sizes:
+        take = np.minimum(starts[:, None] + np.arange(size), length - 1)  # the second row's end is padding
+        rows, ends = np.arange(2)[:, None], starts + size
+        beyond = 2 * ends.max() if size > 1 else length + 1
+        cache = jax.tree.map(lambda x, beyond=beyond: x.at[:, :, beyond:].set(jnp.nan), cache)
+        logits, cache = step(decoder, ids[rows, take], positions[rows, take], starts, cache)
+        cache = jax.tree.map(jnp.nan_to_num, cache)
+        inside = starts[:, None] + np.arange(size) < length
+        wanted = expected[rows, take][inside]
+        np.testing.assert_allclose(logits[inside], wanted, atol=1e-5 * np.abs(expected).max())
+        starts = ends
 
 
 def test_last_selects_one_position():

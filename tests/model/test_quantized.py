@@ -10,7 +10,6 @@ from flax import nnx
 from transformer_cases import TINY, VARIANTS, noisy_model
 
 from omni.model import apply_decoder, init_cache, make_decoder
-from omni.model.attention import slot_mask
 from omni.model.decode import attend_cache
 from omni.model.quantized import check_dtype, dequantized, quantized
 from omni_tokenizers.errors import OmniError, UsageError
@@ -110,8 +109,7 @@ def test_int8_cache_reads_what_it_wrote_rounded():
     for piece in (slice(0, 4), slice(4, 6)):
         slots = np.broadcast_to(np.arange(6, dtype=np.int32)[piece], (3, len(range(*piece.indices(6)))))
         slots = np.where(rows[:, None] == 3, 6, slots)
-        mask = slot_mask(slots, 6)
-        read, cache = attend_cache(cache, slots, mask, rows, query[:, piece], key[:, piece], value[:, piece])
+        read, cache = attend_cache(cache, slots, rows, query[:, piece], key[:, piece], value[:, piece])
         found.append(np.asarray(read))
     found = np.concatenate(found, axis=1)
     held = [by_hand(x[..., None], 1, 1)[..., 0] for x in (key, value)]
