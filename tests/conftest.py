@@ -29,6 +29,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -66,6 +67,15 @@ def optimised_processes():
         others = [option for option in os.environ["XLA_FLAGS"].split() if option not in QUICK]
         patch.setenv("XLA_FLAGS", " ".join(others))
         yield
+
+
+@pytest.fixture
+def optimised():
+    """What this process compiles is optimised, as for users: for programs that run long."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

@@ -153,6 +153,7 @@ PUBLISHED = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("preset", PUBLISHED.values(), ids=PUBLISHED)
 def test_ten_pictures_of_full_size_parse(preset):
     """At the published ids and sizes, behind a text."""

@@ -42,15 +42,6 @@ def sizes() -> dict[str, int]:
     }
 
 
-@pytest.fixture
-def optimised():
-    """What this process compiles is optimised, as for users: a minute of sound is long without."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("name", FRAMES)
