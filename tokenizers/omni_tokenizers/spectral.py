@@ -6,6 +6,8 @@ and transformed with `jnp.fft`: on a CPU a gather takes twice as long, a product
 `analysis` and `synthesis` are the same transforms for signals that go on at both ends.
 """
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
@@ -107,8 +109,9 @@ def mel_to_hertz(mel: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"
     return np.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((np.maximum(mel, 15) - 15) / 27))
 
 
+@functools.lru_cache(maxsize=64)
 def mel_filterbank(sample_rate: int, length: int, mels: int) -> Float[np.ndarray, "bins mels"]:
-    """Triangular filters from 0 Hz to half the sample rate on Slaney's scale, each of area 1 in Hz.
+    """Triangular filters from 0 Hz to half the sample rate on Slaney's scale, each of area 1 in Hz; kept, to be read.
 
     Scale and norm are librosa's defaults, hence those of DAC. A filter narrower than a bin may be all zero.
     """
@@ -118,7 +121,9 @@ def mel_filterbank(sample_rate: int, length: int, mels: int) -> Float[np.ndarray
     rising = (frequencies[:, None] - low) / (centre - low)
     falling = (high - frequencies[:, None]) / (high - centre)
     triangles = np.maximum(0, np.minimum(rising, falling))
-    return (triangles * 2 / (high - low)).astype(np.float32)
+    filters = (triangles * 2 / (high - low)).astype(np.float32)
+    filters.setflags(write=False)
+    return filters
 
 
 def log_mel(
