@@ -1,12 +1,12 @@
 """One device and eight, however they are laid out, are the same run within float32's rounding."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from host_devices import host_devices
 
 DENSE = ["data=8", "fsdp=8", "data=1,tensor=8", "data=1,context=8", "data=2,fsdp=2,tensor=2", "slice=2,data=1,fsdp=4"]
 MIXED = ["data=2,expert=4", "data=1,fsdp=2,expert=2,tensor=2"]
@@ -16,7 +16,7 @@ MIXED = ["data=2,expert=4", "data=1,fsdp=2,expert=2,tensor=2"]
 def runs(tmp_path_factory):
     """Directories of npz files of 50 steps on each mesh: of a dense transformer, and of one with four experts."""
     root = tmp_path_factory.mktemp("meshes")
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = host_devices(8)
     for name, experts, meshes in (("dense", 0, DENSE), ("mixed", 4, MIXED)):
         (root / name).mkdir()
         command = [sys.executable, str(Path(__file__).parent / "meshes.py"), str(root / name), "50", str(experts)]

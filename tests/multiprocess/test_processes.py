@@ -1,6 +1,5 @@
 """One device, eight devices and four processes of two are the same run, within float32's rounding."""
 
-import os
 import shutil
 import socket
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from host_devices import host_devices
 
 from omni.bundle import Model
 from omni.train.checkpoints import restore_params
@@ -20,8 +20,7 @@ STEPS = 50
 
 
 def launch(output, steps: int, mesh: str, devices: int, *others: str) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = host_devices(devices)
     command = [sys.executable, str(WORKER), str(output), str(steps), mesh, *others]
     # To files: a pipe that nobody reads while another process is waited for fills up, and its writer stands still.
     with log_of(output, others).open("w") as log:

@@ -1,6 +1,5 @@
 """Runs of several processes: fewer of them go on with the same samples, and one that is lost is named by the others."""
 
-import os
 import re
 import signal
 import socket
@@ -14,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 
+from host_devices import host_devices
 from training_cases import language
 
 from omni.train.metrics import read_metrics
@@ -28,7 +28,7 @@ def launch(output: Path, processes: int, *settings: str) -> list[subprocess.Pope
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = host_devices(1)
     started = []
     for process in range(processes):
         others = ["--", coordinator, str(processes), str(process)] if processes > 1 else []

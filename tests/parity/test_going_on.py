@@ -3,7 +3,6 @@ rows."""
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from going_on_worker import LENGTH, ROWS, STEPS, config_of, on_adapters
+from host_devices import host_devices
 from text_json import trained
 
 import omni
@@ -163,7 +163,7 @@ def start(name: str, directory: Path, *words: str) -> tuple[TrainConfig, list[di
     source = JsonLines(str(directory / "documents"))
     manifest = tokenize(TokenizeConfig(str(directory / "tokens"), source, tokenizers, str(directory / "model")))
     assert manifest["documents"] == 120
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = host_devices(8)
     command = [sys.executable, str(WORKER), str(directory), *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
