@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 import omni_tokenizers
 from omni.chat_template import SOURCE, ChatTemplate
 from omni.generate import Engine, PreparedRequest
+from omni.generate.programs import power_of_two
 from omni.grammar import Grammar, Tokens
 from omni.hub import located
 from omni.interop import export_checkpoint, is_public, load_checkpoint
@@ -41,6 +42,7 @@ from omni.streaming import SOUND_SECONDS, Event, EventStream
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.errors import OmniError, UsageError
 
+_SEEN = 16  # pictures that go through the tower together
 MODELS = Path(__file__).parent / "recipes" / "models"
 
 
@@ -78,7 +80,8 @@ class Model:
                 f"the transformer has {transformer.config.vocabulary_size} ids, its vocabulary.json {vocabulary.size}"
             )
         self.transformer, self.vocabulary, self.grammar = transformer, vocabulary, grammar
-        self.processor = Processor(vocabulary, grammar, tokenizers)
+        see = functools.partial(_see, transformer) if transformer.config.vision else None
+        self.processor = Processor(vocabulary, grammar, tokenizers, see)
         self.context_length, self.mesh = context_length, mesh
         self.weights_dtype, self.cache_dtype = weights_dtype, cache_dtype
         self.generation, self.chat_template = dict(generation or {}), chat_template
@@ -240,11 +243,17 @@ class Model:
         """Parts of a document's ids; `GrammarError` where they are not one."""
         return self.processor.parts([self.grammar.parse(ids)])[0]
 
-    def logits(self, ids: Int[np.ndarray, "batch length"]) -> Float[np.ndarray, "batch length vocabulary"]:
+    def logits(
+        self, ids: Int[np.ndarray, "batch length"], features: Float[np.ndarray, "features dim"] | None = None
+    ) -> Float[np.ndarray, "batch length vocabulary"]:
         """Float32 logits for the token after each id; every row is one document without padding.
 
+        Args:
+          features: what stands at the places that ids have for features, in order (`PreparedRequest.features`); by
+            default the embedding of what marks these places.
+
         Raises:
-          UsageError: if `ids` is not a matrix of ids of the vocabulary.
+          UsageError: if `ids` is not a matrix of ids of the vocabulary, or there are other features than places.
         """
         ids = np.asarray(ids)
         in_range = ids.size == 0 or 0 <= ids.min() <= ids.max() < self.vocabulary.size
@@ -252,7 +261,18 @@ class Model:
             raise UsageError(f"logits takes integer ids [batch, length] in 0..{self.vocabulary.size - 1}")
         index = np.arange(ids.shape[1])
         positions = np.stack([self.grammar.positions(self._states(row), index) for row in ids])
-        return np.asarray(_logits(self.transformer, jnp.asarray(ids, jnp.int32), jnp.asarray(positions)))
+        ids, given = (ids, None) if features is None else self._with_features(ids, features)
+        return np.asarray(_logits(self.transformer, jnp.asarray(ids, jnp.int32), jnp.asarray(positions), given))
+
+    def _with_features(self, ids: Int[np.ndarray, "batch length"], features: Float[np.ndarray, "features dim"]):
+        """Ids that are negative where features stand, and for each what stands there: [batch, length, dim]."""
+        flat, dim = ids.reshape(-1).copy(), self.config.dim
+        places = self.grammar.feature_places(flat)
+        if features.shape != (len(places), dim):
+            raise UsageError(f"logits has places for features [{len(places)}, {dim}], not {list(features.shape)}")
+        given = np.zeros((len(flat), dim), np.float32)
+        flat[places], given[places] = -1, features
+        return flat.reshape(ids.shape), given.reshape(*ids.shape, dim)
 
     def token_losses(self, documents: Sequence[Tokens]) -> list[Float[np.ndarray, " tokens"]]:
         """Nats that each token of each document costs after those before it; 0 for the first. Batched, exact."""
@@ -267,8 +287,26 @@ class Model:
 
 
 @nnx.jit
-def _logits(transformer: Transformer, ids, positions):
-    return transformer(ids, positions, None)
+def _logits(transformer: Transformer, ids, positions, given):
+    return transformer(ids, positions, None, given=given)
+
+
+def _see(
+    transformer: Transformer, values: Float[np.ndarray, "pictures side side 3"]
+) -> Float[np.ndarray, "pictures features dim"]:
+    """Features of any number of pictures, in batches of few sizes."""
+    found = []
+    for start in range(0, len(values), _SEEN):
+        batch = values[start : start + _SEEN]
+        padding = power_of_two(len(batch)) - len(batch)
+        seen = _features(transformer, np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0))))
+        found.append(np.asarray(seen[: len(batch)], np.float32))
+    return np.concatenate(found)
+
+
+@nnx.jit
+def _features(transformer: Transformer, values):
+    return transformer.vision(values)
 
 
 def load(

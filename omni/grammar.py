@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from omni.automaton import GrammarTables, compile_tables
 from omni.layout import ROLES, SpanLayout, Template
@@ -35,11 +35,15 @@ FORMAT = 1
 @dataclass(frozen=True, eq=False)
 class Span:
     """The codes of one part, int32: text `[n]`, video `[codebooks, frames, rows, columns]`, others `[codebooks, rows,
-    columns]`."""
+    columns]`.
+
+    A part of a prompt may have features in place of codes, of which there are then none.
+    """
 
     modality: str
     codes: Int[np.ndarray, "*shape"]
     context: bool = False
+    features: Float[np.ndarray, "features dim"] | None = None
 
     def __repr__(self) -> str:
         return f"Span({self.modality}, codes={self.codes.dtype}{list(self.codes.shape)}{', context' * self.context})"
@@ -69,7 +73,8 @@ class Grammar:
     """A declaration compiled against a vocabulary.
 
     The declaration is a JSON object: `{"format": 1, "control": {"bos", "turn", "eos", "pad": token names},
-    "modalities": {"text": {"block": name}, other: see `omni.layout.SpanLayout`}}`.
+    "modalities": {"text": {"block": name}, other: see `omni.layout.SpanLayout`}}`, and optionally `"unconditional"`:
+    the prompt that guidance weighs against, "empty" (bos and turn, the default) or "padded" (`Grammar.padded`).
 
     Raises:
       OmniError: when the declaration is incomplete, names unknown tokens, or two of its rules cannot be told apart.
@@ -91,6 +96,9 @@ class Grammar:
             raise OmniError('grammar: "modalities" needs "text": {"block": name}')
         if set(declaration.get("control", ())) != {"bos", "turn", "eos", "pad"}:
             raise OmniError('grammar: "control" must name exactly "bos", "turn", "eos" and "pad"')
+        self.unconditional = declaration.get("unconditional", "empty")
+        if self.unconditional not in ("empty", "padded"):
+            raise OmniError(f'grammar: unconditional is {self.unconditional!r}; it must be "empty" or "padded"')
         if wrong := [name for name in modalities if not re.fullmatch("[A-Za-z0-9_-]{1,64}", name)]:  # names of folders
             raise OmniError(f"grammar: modality {wrong[0][:80]!r}: a name is letters, digits, - and _")
         self.declaration, self.vocabulary = declaration, vocabulary
@@ -128,6 +136,8 @@ class Grammar:
         if span.modality == "text":
             return self.vocabulary.to_ids(self.text_block, codes)
         layout = self.layouts[self.modalities[self.index(span.modality)]]
+        if span.features is not None:
+            return self._seen_ids(layout, len(span.features))
         if codes.ndim != 3 + layout.has_frames or codes.shape[0] != len(layout.codebooks):
             raise OmniError(
                 f"codes of {span.modality} have shape {codes.shape}; the grammar wants "
@@ -141,9 +151,25 @@ class Grammar:
         ids[template.is_code] = per_level.reshape(_framed(codes.shape))[template.places]
         return ids
 
+    def _seen_ids(self, layout: SpanLayout, features: int) -> Int[np.ndarray, " tokens"]:
+        ids = np.array(layout.seen, np.int32)
+        if (count := np.count_nonzero(ids == layout.feature)) != features:
+            raise OmniError(f"{features} features of {layout.name}; the grammar has places for {count}")
+        return ids
+
+    def feature_places(self, ids: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " features"]:
+        """Where features stand in a prompt."""
+        return np.flatnonzero(
+            np.isin(ids, [each.feature for each in self.layouts.values() if each.feature is not None])
+        )
+
     def prompt(self, spans: Sequence[Span]) -> Int[np.ndarray, " tokens"]:
         """Ids of `bos, spans, turn`: what the model reads before it answers."""
         return self.conversation([spans])
+
+    def padded(self, ids: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " tokens"]:
+        """A prompt that says nothing: as long as `ids`, padding but for bos."""
+        return np.where(ids == self.control["bos"], ids, self.control["pad"]).astype(np.int32)
 
     def conversation(self, messages: Sequence[Sequence[Span]]) -> Int[np.ndarray, " tokens"]:
         """Ids of `bos, spans, turn, spans, turn, ...`: what two sides said in turns, before the next one answers."""
@@ -190,8 +216,12 @@ class Grammar:
         return states
 
     def _given(self, ids: Int[np.ndarray, " tokens"]) -> Iterator[tuple[int, int, int]]:
-        """Where spans of sizes that are read and never drawn begin and end, and their modality."""
+        """Where spans that are read and never drawn, of other sizes or of features, begin and end; their modality."""
         for layout in self.layouts.values():
+            seen = np.array(layout.seen, np.int32)
+            for start in np.flatnonzero(ids == layout.open[0]).tolist() if layout.seen else ():
+                if np.array_equal(ids[start : start + len(seen)], seen):
+                    yield start, start + len(seen), self.index(layout.name)
             if not layout.spelling:
                 continue
             for start in np.flatnonzero(ids == layout.open[0]).tolist():

@@ -22,10 +22,10 @@ from omni_tokenizers.errors import OmniError
 
 _DONE = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
 _SCALING = ("resample", "rescale_factor", "image_mean", "image_std")
-_SIZES = ("size", "do_center_crop", "crop_size", "min_pixels", "max_pixels", "spatial_factor")
+_SIZES = ("size", "min_size", "do_center_crop", "crop_size", "min_pixels", "max_pixels", "spatial_factor")
 # What says nothing of the pixels of one picture.
 _INDIFFERENT = ("image_processor_type", "feature_extractor_type", "processor_class", "do_pad", "default_to_square")
-_INDIFFERENT += ("model_input_names", "data_format", "return_tensors", "auto_map")
+_INDIFFERENT += ("model_input_names", "data_format", "return_tensors", "auto_map", "background_color")
 _MOST_ELONGATED = 200
 _CHUNK = 1 << 18  # pixels that are scaled together, in float64
 
@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
-    """Scales pictures to squares, as Chameleon does, or to whole codes at about their own aspect, as Emu3 does.
+    """Scales pictures to squares that are cut, as Chameleon does, or filled up, as Janus does, or to whole codes at
+    about their own aspect, as Emu3 does.
 
     Raises:
       OmniError: a number that no such scaling can have.
@@ -48,6 +49,9 @@ class ImageProcessor:
     image_std: tuple[float, ...]
     side: int = 0
     """Pixels of the shorter edge, and of the square that is cut from the middle; 0 where pictures keep their aspect."""
+    min_size: int = 0
+    """Fewest pixels of the shorter edge of a picture whose longer one becomes `side`, filled up with the colour of the
+    mean to a square; 0 where it is cut."""
     min_pixels: int = 0
     """Fewest pixels of a picture that keeps its aspect."""
     max_pixels: int = 0
@@ -60,6 +64,10 @@ class ImageProcessor:
             raise OmniError("rescale_factor, image_mean and image_std must be finite, the last two of three channels")
         if not 0 <= self.resample <= 5 or not self.rescale_factor or 0 in self.image_std:
             raise OmniError(f"resample is {self.resample}, one of 0 to 5; rescale_factor and image_std are not 0")
+        if not 0 <= self.min_size <= self.side:
+            raise OmniError(f"min_size is {self.min_size}; it must be 0 to {self.side}, the side of pictures")
+        if self.min_size and not all(0 <= mean <= 1 for mean in self.image_mean):
+            raise OmniError(f"image_mean is {self.image_mean}; what fills a picture up must be a colour, 0 to 1")
         least = self.side or self.spatial_factor
         most = self.side**2 or self.max_pixels
         fewest = self.side**2 or self.min_pixels  # of 0 a narrow picture would be rounded to no row
@@ -83,6 +91,13 @@ class ImageProcessor:
             names = ("min_pixels", "max_pixels", "spatial_factor")
             sizes = {name: settings.get(name, 0) for name in names}
             settings.require("do_center_crop", False)
+        elif "min_size" in values:
+            side = settings.section("size").get("height", 0)
+            if values.get("size") != {"height": side, "width": side}:
+                raise OmniError(f"{source}: size = {values.get('size')!r} is not supported here, only a square")
+            settings.require("do_center_crop", False)
+            settings.require("do_pad", True)
+            sizes = {"side": side, "min_size": settings.get("min_size", 0)}
         else:
             side = settings.section("size").get("shortest_edge", 0)
             if values.get("size") != {"shortest_edge": side}:
@@ -100,8 +115,10 @@ class ImageProcessor:
         """The content of a preprocessor_config.json, without the name of its class."""
         values = dict.fromkeys(_DONE, True) | {name: getattr(self, name) for name in _SCALING}
         values |= {name: list(values[name]) for name in ("image_mean", "image_std")}
+        square = {"height": self.side, "width": self.side}
+        if self.min_size:
+            return values | {"size": square, "min_size": self.min_size, "do_pad": True}
         if self.side:
-            square = {"height": self.side, "width": self.side}
             return values | {"size": {"shortest_edge": self.side}, "do_center_crop": True, "crop_size": square}
         limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
         return values | limits | {"size": limits, "spatial_factor": self.spatial_factor}
@@ -116,7 +133,12 @@ class ImageProcessor:
         if height * width > media.MAX_PIXELS:
             raise OmniError(f"a picture of {picture.width}x{picture.height} pixels is too narrow to be scaled; crop it")
         pixels = np.asarray(picture.to_pil().resize((width, height), self.resample))
-        if self.side:
+        if self.min_size:
+            canvas = np.full((self.side, self.side, 3), [int(255 * mean) for mean in self.image_mean], np.uint8)
+            top, left = (self.side - height) // 2, (self.side - width) // 2
+            canvas[top : top + height, left : left + width] = pixels
+            pixels = canvas
+        elif self.side:
             top, left = (height - self.side) // 2, (width - self.side) // 2
             pixels = pixels[top : top + self.side, left : left + self.side]
         return dataclasses.replace(picture, pixels=pixels)
@@ -134,6 +156,9 @@ class ImageProcessor:
     def _size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width before anything is cut off."""
         short, long = sorted((height, width))
+        if self.min_size:
+            scale = self.side / long
+            return max(round(height * scale), self.min_size), max(round(width * scale), self.min_size)
         if self.side:
             long = int(self.side * long / short)  # cut off, not rounded
             return (self.side, long) if height <= width else (long, self.side)

@@ -27,7 +27,7 @@ CONTROL, TEXT, BOUNDARY, SIZE, ROW_END, CODE, FRAME_BOUNDARY = range(7)
 ROLES = ("control", "text", "boundary", "size", "row_end", "code", "frame_boundary")
 
 _KEYS = {"codebooks", "open", "begin", "close", "shapes", "row_end", "last_row_end", "delays"}
-_PICTURE_KEYS = {"preprocessing", "spelling"}
+_PICTURE_KEYS = {"preprocessing", "spelling", "features"}
 _VIDEO_KEYS = {"frame_begin", "frame_end", "frame_rate"}
 _SPELLED, _LONGEST_SIZE = "0123456789*", 16
 _SHAPE_KEYS = {"frames", "rows", "columns", "prefix"}
@@ -93,13 +93,16 @@ class SpanLayout:
 
     Grids of pictures may have `preprocessing` (`omni.image_processor`, there for the same reason as `frame_rate`), and
     `spelling`, a token of text for each of "0123456789*": then a picture that is given, not drawn, may have any size,
-    whose prefix is "rows*columns" in these tokens.
+    whose prefix is "rows*columns" in these tokens. With `features`, `{"token", "count"}`, pictures of prompts are no
+    codes: between the tokens that open and close them stands a special token `count` times, in the places of features.
 
     The shapes of videos, and they alone, also have `frames`, frames of codes, which may be the range in place of
     `columns`. Optional keys of theirs are `frame_begin` and `frame_end`, tokens around every frame, and `frame_rate`.
 
     Attributes:
       has_frames: whether this is a video's layout.
+      feature: the token that stands in the places of features; None where prompts have codes.
+      seen: ids of a whole span of features.
       frame_rate: frames of pixels, not of codes, in a second of video; None where the declaration does not say. It is
         declared here since it is part of what the codes mean: a model that learned 8 frames a second reads others
         wrongly, and in the declaration it is covered by the hash that shards and weights are compared by.
@@ -140,10 +143,21 @@ class SpanLayout:
         if not isinstance(self.preprocessing, dict | None):
             raise OmniError(f"grammar: modality '{name}' has preprocessing that is no JSON object")
         self.spelling = dict(zip(spelled := declaration.get("spelling", {}), ids(spelled.values()), strict=True))
+        self.feature, self.seen = self._features(declaration.get("features"), vocabulary)
         if self.has_frames and (foreign := _PICTURE_KEYS & set(declaration)):
             raise OmniError(f"grammar: modality '{name}' has {sorted(foreign)}, which no video has")
         if self.spelling and (len(set(self.spelling.values())), *sorted(self.spelling)) != (11, *sorted(_SPELLED)):
             raise OmniError(f"grammar: modality '{name}' needs spelling to be a token for each of {_SPELLED}")
+
+    def _features(self, declared: dict | None, vocabulary: Vocabulary) -> tuple[int | None, tuple[int, ...]]:
+        """The token that stands in the places of features, and all ids of a span of these; None and no ids without."""
+        if declared is None:
+            return None, ()
+        _check_keys(declared, {"token", "count"}, {"token", "count"}, where=f"features of modality '{self.name}'")
+        if not 1 <= declared["count"] <= LARGEST:
+            raise OmniError(f"grammar: modality '{self.name}' has {declared['count']} features; at least 1 are needed")
+        token = vocabulary.token(declared["token"])
+        return token, (*self.open, *[token] * declared["count"], *self.close)
 
     def _frame_rate(self, declaration: dict) -> float | None:
         """The declared rate; also refuses what only videos have where shapes have no frames, and frames in some."""

@@ -72,7 +72,8 @@ def _losses(
     """What the token after each costs; the last column means nothing."""
     stream = transformer.features(ids, positions, segments).stream
     following, chunk = jnp.roll(ids, -1, axis=1), max(1, LOGITS // len(ids))
-    return token_losses(stream, transformer.output_weights(), following, chunk=chunk).cross_entropy
+    heads = transformer.output_weights(), following, transformer.code_head()
+    return token_losses(stream, *heads, chunk=chunk).cross_entropy
 
 
 def bucket(length: int, step: int = 64) -> int:

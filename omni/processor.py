@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from omni.grammar import Grammar, Span, Tokens
 from omni.image_processor import ImageProcessor
@@ -18,6 +18,9 @@ from omni.vocabulary import Vocabulary
 from omni_tokenizers.codes import Codes
 from omni_tokenizers.errors import OmniError
 
+See = Callable[[Float[np.ndarray, "batch side side 3"]], Float[np.ndarray, "batch features dim"]]
+
+_NO_CODES = np.zeros((1, 0, 0), np.int32)
 _BATCH = 256  # pictures or sounds that go through a tokenizer together
 _BATCH_PIXELS = 1 << 24  # of these pictures, so that their values take 200 MB
 
@@ -29,7 +32,9 @@ class Processor:
       OmniError: if a tokenizer's codebooks are larger than the blocks that the grammar gives them.
     """
 
-    def __init__(self, vocabulary: Vocabulary, grammar: Grammar, tokenizers: Mapping[str, Any]):
+    def __init__(self, vocabulary: Vocabulary, grammar: Grammar, tokenizers: Mapping[str, Any], see: See | None = None):
+        """A processor; `see` makes features of pictures as the image processor scales them, None where the model sees
+        codes alone."""
         self.vocabulary, self.grammar, self.tokenizers = vocabulary, grammar, dict(tokenizers)
         for modality, layout in grammar.layouts.items():
             if modality in self.tokenizers:
@@ -42,6 +47,7 @@ class Processor:
         self.image_processor = (
             None if declared is None else ImageProcessor.from_json(declared, "grammar: preprocessing")
         )
+        self._see = see if self.image_processor and layout.seen else None
 
     def tokenizer(self, modality: str):
         """The tokenizer of a modality; `OmniError` if the model came without it."""
@@ -80,11 +86,14 @@ class Processor:
 
     # Parts to ids
 
-    def spans(self, documents: Sequence[Sequence[Part]]) -> list[list[Span]]:
+    def spans(self, documents: Sequence[Sequence[Part]], prompts: bool = False) -> list[list[Span]]:
         """Codes of the parts of several documents.
 
         Pictures and sounds of all of them are tokenized together, videos one by one: they are large, and of many
         lengths.
+
+        Args:
+          prompts: whether these are prompts, of which a model that sees has features of pictures in place of codes.
         """
         flat = [part for document in documents for part in document]
         spans: list[Span | None] = [None] * len(flat)
@@ -94,12 +103,15 @@ class Processor:
             "audio": self._encode_audio,
             "video": self._encode_videos,
         }
+        seen = ("image",) if prompts and self._see else ()
         for modality, encode in encoders.items():
             places = [i for i, part in enumerate(flat) if part.modality == modality]
             for start in range(0, len(places), _BATCH):
                 chunk = places[start : start + _BATCH]
-                for place, codes in zip(chunk, encode([flat[i] for i in chunk]), strict=True):
-                    spans[place] = Span(modality, codes, flat[place].context)
+                parts = [flat[i] for i in chunk]
+                for place, made in zip(chunk, self.see(parts) if modality in seen else encode(parts), strict=True):
+                    more = {"codes": _NO_CODES, "features": made} if modality in seen else {"codes": made}
+                    spans[place] = Span(modality, context=flat[place].context, **more)
         iterator = iter(spans)
         return [[next(iterator) for _ in document] for document in documents]
 
@@ -137,6 +149,13 @@ class Processor:
     def prompt(self, parts: Sequence[Part]) -> Int[np.ndarray, " tokens"]:
         """`bos, parts, turn`: ids that the model reads before it answers."""
         return self.grammar.prompt(self.spans([given(parts)])[0])
+
+    def see(self, parts: Sequence[Image]) -> Float[np.ndarray, "pictures features dim"]:
+        """Features of pictures, float32; `OmniError` of a model that sees none."""
+        if self._see is None:
+            raise OmniError("this model has no features of pictures: it reads their codes")
+        pixels = np.stack([self.image_processor.resized(part).pixels for part in parts])
+        return self._see(self.image_processor.values(pixels))
 
     def tokens(self, parts: Sequence[Part]) -> Tokens:
         """A whole document; parts marked `context` come before `turn`."""

@@ -20,7 +20,7 @@ from omni.generate import (
     unconditional_shadow,
     wanted_modalities,
 )
-from omni.grammar import Span
+from omni.grammar import Grammar, Span
 from omni.messages import Message, are_messages, read_messages
 from omni.parts import Part
 from omni.processor import Processor, given
@@ -130,7 +130,7 @@ class Prompts:
     def turns(self, requests: Sequence[Request]) -> list[list[Turn]]:
         """What each side says in each request; errors as of `prepare`."""
         chats = [[(role, given(parts)) for role, parts in self._said(request.parts)] for request in requests]
-        spans = iter(self.processor.spans([parts for chat in chats for _, parts in chat]))
+        spans = iter(self.processor.spans([parts for chat in chats for _, parts in chat], prompts=True))
         return [[Turn(role, tuple(parts), tuple(next(spans))) for role, parts in chat] for chat in chats]
 
     def _said(self, prompt: Sequence) -> list[tuple[str | None, Sequence[Part]]]:
@@ -170,6 +170,7 @@ class Prompts:
             stop_tokens=stop_tokens,
             stop=functools.partial(stop_place, self.processor, stop) if stop.strings else None,
             shadows=self._shadows(request, turns, ids, want, settings["guidance"]),
+            features=_features(turns, self.grammar, ids),
             is_chat=self._is_chat(turns),
         )
 
@@ -188,10 +189,15 @@ class Prompts:
             guidance, media_guidance = (np.where(reached, each, np.float32(1)) for each in (guidance, media_guidance))
         without_text = [turn.without_text for turn in turns]
         empty = [Turn("user" if self._is_chat(turns) else None, (), ())]
+
+        def nothing() -> Int[np.ndarray, " tokens"]:
+            return self.grammar.padded(ids) if self.grammar.unconditional == "padded" else self._shadow_ids(empty)
+
         if np.array_equal(guidance, media_guidance) or not any(turn.spans for turn in without_text):
-            return () if (guidance == 1).all() else unconditional_shadow(self._shadow_ids(empty), guidance)
-        nothing = ids[:0] if (media_guidance == 1).all() else self._shadow_ids(empty)
-        return guidance_shadows(ids, self._shadow_ids(without_text), nothing, guidance, media_guidance)
+            return () if (guidance == 1).all() else unconditional_shadow(nothing(), guidance)
+        unweighed = ids[:0] if (media_guidance == 1).all() else nothing()
+        shadows = guidance_shadows(ids, self._shadow_ids(without_text), unweighed, guidance, media_guidance)
+        return tuple(dataclasses.replace(each, features=_features(turns, self.grammar, each.ids)) for each in shadows)
 
     def _shadow_ids(self, turns: Sequence[Turn]) -> Int[np.ndarray, " tokens"]:
         try:
@@ -262,6 +268,16 @@ class Prompts:
             return room
         longest = [_TEXT_ALLOWANCE, *(max(layout.by_length) for layout in self.grammar.layouts.values())]
         return min(room, sum(longest[modality] for modality in want) + 1)
+
+
+def _features(
+    turns: Sequence[Turn], grammar: Grammar, ids: Int[np.ndarray, " tokens"]
+) -> Float[np.ndarray, "features dim"] | None:
+    """Features of all that was said, if a prompt has places for them."""
+    if not len(grammar.feature_places(ids)):
+        return None
+    found = [span.features for turn in turns for span in turn.spans if span.features is not None]
+    return np.concatenate(found) if found else None
 
 
 def listed(parts: Sequence) -> Sequence:

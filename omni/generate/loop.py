@@ -20,6 +20,7 @@ from omni.generate.rules import Rules, admitted_classes
 from omni.generate.sampling import penalise, sample
 from omni.model import CACHE_AXES, Decoder, decoder_stream
 from omni.model.attention import Cache
+from omni.model.code_nets import CodeHead
 from omni.model.quantized import Held, dequantized
 from omni.model.transformer import project
 from omni.sharding import constrain
@@ -32,10 +33,12 @@ PLAUSIBLE = 0.1  # least share of the likeliest id's own probability that an id 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Block:
-    """Ids that the next token may be, and their rows of the head."""
+    """Ids that the next token may be, ascending, and their rows of the head."""
 
     ids: Int[Array, " ids"]
     head: Held
+    codes: CodeHead | None = None
+    """The head of the last of them, where those are codes with a head of their own."""
 
 
 @jax.tree_util.register_dataclass
@@ -113,10 +116,12 @@ def read_prompts(
     positions: Int[Array, "some length 3"],
     start: Int[Array, " some"],
     last: Int[Array, " some"],
+    features: Float[Array, "some length dim"] | None = None,
 ) -> State:
     """Some rows read the next tokens of their prompts, right-padded: the first goes to slot `start` of the cache, and
-    the stream becomes that of token `last` of them. A row that does not exist reads for nothing."""
-    stream, cache = decoder_stream(decoder, ids, positions, start, state.cache, last, rows)
+    the stream becomes that of token `last` of them. A row that does not exist reads for nothing. Where ids are
+    negative, `features` stand."""
+    stream, cache = decoder_stream(decoder, ids, positions, start, state.cache, last, rows, features)
     return everywhere(replace(state, cache=cache, stream=_put(state.stream, rows, stream[:, 0])))
 
 
@@ -218,7 +223,7 @@ def emit(
     reserve = settings.reserve[requests[:, None], state.begun[:, None] + jnp.arange(2)]
     admitted = admitted_classes(rules, state.grammar, remaining, expected, reserve, settings.free, settings.constrained)
     live = ~state.done & jnp.any(admitted, axis=-1)
-    everything = Block(jnp.arange(len(rules.class_of)), decoder.head)
+    everything = Block(jnp.arange(len(rules.class_of)), decoder.head, decoder.codes)
     ways = [partial(choose, rules, block, settings) for block in (everything, *blocks)]
     inside = jnp.where(settings.constrained, rules.block[state.grammar], 0)
     # The head's product, most of a small model's work, is taken with the ids of one block where all are inside it.
@@ -266,7 +271,7 @@ def choose(
 ) -> tuple[Int[Array, " requests"], Float[Array, " requests"]]:
     """An id of the block for every request, and the log-probability that it had."""
     requests, modality = jnp.arange(len(live)), rules.next_modality[state.grammar]
-    logits = project(state.stream[:, None], dequantized(block.head))[:, 0]
+    logits = project(state.stream[:, None], dequantized(block.head), block.codes)[:, 0]
     logits, plausible = guided_logits(settings, logits, modality, admitted[:, rules.class_of[block.ids]])
     if state.seen.shape[1]:
         logits = penalise(logits, state.seen[:, block.ids], settings.repetition_penalty[requests, modality])

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from omni.generate.loop import Block, Settings, State, advance, copy_rows, end, enter, everywhere, read_prompts
 from omni.generate.rules import inner_blocks, make_rules
 from omni.grammar import Grammar
 from omni.model import CACHE_AXES, Decoder, init_cache
+from omni.model.quantized import Held
 from omni.sharding import ShardingRules, activations_on, constrain, named_sharding, spread
 
 HEAD_AXES = ("vocabulary", "embed")
@@ -83,10 +84,11 @@ class Programs:
         positions: Int[np.ndarray, "some length 3"],
         start: Int[np.ndarray, " some"],
         last: Int[np.ndarray, " some"],
+        features: Float[np.ndarray, "some length dim"] | None = None,
     ) -> State:
-        """See `omni.generate.loop.read_prompts`."""
+        """See `omni.generate.loop.read_prompts`; with features it is a program of its own."""
         with self._on_mesh():
-            return self._read_prompts(self.decoder, state, rows, ids, positions, start, last)
+            return self._read_prompts(self.decoder, state, rows, ids, positions, start, last, features)
 
     def copy_rows(self, state: State, sources: Int[np.ndarray, " some"], targets: Int[np.ndarray, " some"]) -> State:
         """See `omni.generate.loop.copy_rows`."""
@@ -136,16 +138,23 @@ class Programs:
 
     def _inner_blocks(self) -> list[Block]:
         """The head's rows for `inner_blocks`, taken once; of a decoder of shapes, shapes."""
-        blocks, head = inner_blocks(self.grammar), self.decoder.head
-        if isinstance(jax.tree.leaves(head)[0], jax.ShapeDtypeStruct):
+        head, codes, embedded = self.decoder.head, self.decoder.codes, self.decoder.config.embedded
+        shapes = isinstance(jax.tree.leaves(head)[0], jax.ShapeDtypeStruct)
+        taken = jax.jit(lambda x, ids: constrain(x[ids], *HEAD_AXES[: x.ndim]))
 
-            def part(ids: Int[np.ndarray, " ids"], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-                return self._shape((len(ids), x.shape[1]), x.dtype, *HEAD_AXES)
+        def shape(x: jax.ShapeDtypeStruct, rows: int) -> jax.ShapeDtypeStruct:
+            return self._shape((rows, *x.shape[1:]), x.dtype, *HEAD_AXES[: len(x.shape)])
 
-            return [Block(_shape_of(ids), jax.tree.map(partial(part, ids), head)) for ids in blocks]
-        take = jax.jit(lambda head, ids: jax.tree.map(lambda x: constrain(x[ids], *HEAD_AXES), head))
+        def take(held: Held, ids: Int[np.ndarray, " ids"]) -> Held:
+            return jax.tree.map(lambda x: shape(x, len(ids)) if shapes else taken(x, ids), held)
+
+        def block(ids: Int[np.ndarray, " ids"]) -> Block:
+            rows, own = ids[ids < embedded], ids[ids >= embedded] - embedded
+            of_codes = replace(codes, rows=take(codes.rows, own), bias=take(codes.bias, own)) if len(own) else None
+            return Block(_shape_of(ids) if shapes else jnp.asarray(ids), take(head, rows), of_codes)
+
         with self._on_mesh():
-            return [Block(jnp.asarray(ids), take(head, ids)) for ids in blocks]
+            return [block(ids) for ids in inner_blocks(self.grammar)]
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self._mesh is None else activations_on(self._mesh, self._places)

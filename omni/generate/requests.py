@@ -26,10 +26,12 @@ class Shadow:
     Attributes:
       ids: the prompt, such as `bos, turn`.
       weight: share of these logits for each modality; the request's own weigh 1 - the sum over its shadows.
+      features: as of `PreparedRequest`.
     """
 
     ids: Int[np.ndarray, " tokens"]
     weight: Float[np.ndarray, " modalities"]
+    features: Float[np.ndarray, "features dim"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +55,9 @@ class PreparedRequest:
       stop_tokens: ids that end the reply where they come, unless a span is open: that is finished first.
       stop: where a reply that has these ids ends, as the number of those that it keeps, or None where it goes on. What
         it keeps must parse, and whether more ids follow may change nothing.
-      is_chat: whether the prompt, and those of its shadows, are a template's (`Grammar.annotate_chat`).
+      features: what stands in the stream at those places of the prompt that the grammar keeps for features
+        (`Grammar.feature_places`), in their order; None where there are no such places.
+      is_chat: whether the prompt is a template's (`Grammar.annotate_chat`), as prompts of shadows may always be.
     """
 
     ids: Int[np.ndarray, " tokens"]
@@ -70,6 +74,7 @@ class PreparedRequest:
     log_probabilities: bool = False
     stop_tokens: tuple[int, ...] = ()
     stop: Callable[[Int[np.ndarray, " tokens"]], int | None] | None = None
+    features: Float[np.ndarray, "features dim"] | None = None
     is_chat: bool = False
 
     @property
@@ -217,6 +222,10 @@ def check_request(request: PreparedRequest, grammar: Grammar, context: int | Non
         for modality, value in zip(grammar.modalities, values, strict=True):
             if not low <= value <= high:
                 raise UsageError(f"{name} of {modality} is {value}; it must be {allowed}")
+    for prompt in (request, *request.shadows):
+        places, there = len(grammar.feature_places(prompt.ids)), 0 if prompt.features is None else len(prompt.features)
+        if places != there:
+            raise UsageError(f"a prompt has {there} features and {places} places for them")
     for shadow in request.shadows:
         if not (np.abs(shadow.weight) <= STRONGEST).all():  # written so that NaN fails, too
             raise UsageError(f"guidance must be a finite number of at most {STRONGEST} in size")

@@ -11,6 +11,7 @@ from jaxtyping import Int
 
 from omni.generate.loop import NOTHING, PARTS, REPLIES, Settings, State
 from omni.generate.programs import Programs, power_of_two
+from omni.generate.prompt import Prompt, shared
 from omni.generate.requests import Generated, PreparedRequest, check_request, is_whole, useful_shadows
 from omni_tokenizers.errors import UsageError
 
@@ -68,21 +69,12 @@ class Progress:
 
 
 @dataclass(eq=False)
-class _Prompt:
-    """Ids to read into a row, and their positions and grammar states."""
-
-    ids: Int[np.ndarray, " tokens"]
-    positions: Int[np.ndarray, "tokens 3"]
-    states: Int[np.ndarray, " tokens"]
-
-
-@dataclass(eq=False)
 class _Occupant:
     """A request that waits, or that is in a slot, with its rows: its own and those of its shadows."""
 
     number: int
     request: PreparedRequest
-    prompts: list[_Prompt]
+    prompts: list[Prompt]
     """Its own and its shadows'."""
     rows: list[int] = field(default_factory=list)
     unread: int = 0
@@ -96,7 +88,7 @@ class _Occupant:
 class _Reading:
     """A prompt that is being read into a row, for that row's occupant and for others that begin alike."""
 
-    prompt: _Prompt
+    prompt: Prompt
     row: int
     at: int
     """The next token to read."""
@@ -173,10 +165,8 @@ class Slots:
                 f"guidance of this request takes {len(shadows)} more rows, the batch has {self._rows - self.size} for "
                 "it; open it with more shadows"
             )
-        prompts = []
-        for ids in (request.ids, *(shadow.ids for shadow in shadows)):
-            states = grammar.annotate_chat(ids) if request.is_chat else grammar.annotate(ids)
-            prompts.append(_Prompt(np.asarray(ids, np.int32), grammar.positions(states, np.arange(len(ids))), states))
+        prompts = [Prompt.of(grammar, request, not request.is_chat)]
+        prompts += [Prompt.of(grammar, shadow, False) for shadow in shadows]  # it may be padding, which no document is
         self._waiting.append(_Occupant(self._added, request, prompts))
         self._added += 1
         return self._added - 1
@@ -288,12 +278,12 @@ class Slots:
         """The row that holds most of the beginning of a prompt and little besides; else the one used longest ago."""
 
         def worth(row: int) -> tuple[int, int, int]:
-            shared = _shared(self._held[row], ids)
-            return (shared if 2 * shared > len(self._held[row]) else 0), -self._left[row], -row
+            count = shared(self._held[row], ids)
+            return (count if 2 * count > len(self._held[row]) else 0), -self._left[row], -row
 
         return max(rows, key=worth)
 
-    def _line_up(self, occupant: _Occupant, row: int, prompt: _Prompt) -> None:
+    def _line_up(self, occupant: _Occupant, row: int, prompt: Prompt) -> None:
         occupant.unread += 1
         for reading in self._readings:
             if np.array_equal(reading.prompt.ids, prompt.ids):
@@ -301,7 +291,7 @@ class Slots:
                 reading.copies.append(row)
                 return
         # One token at least, for the stream after it.
-        start = min(_shared(self._held[row], prompt.ids), len(prompt.ids) - 1)
+        start = min(shared(self._held[row], prompt.ids), len(prompt.ids) - 1)
         self._readings.append(_Reading(prompt, row, start, [occupant]))
 
     # Reading
@@ -336,15 +326,19 @@ class Slots:
         rows = self._padded([reading.row for reading in readings])
         ids = np.full((len(rows), size), self._programs.rules.pad, np.int32)
         positions = np.zeros((len(rows), size, 3), np.int32)
-        start, last = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32)
+        start, last, features = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32), None
         for i, reading in enumerate(readings):
             read, prompt = slice(reading.at, reading.at + size), reading.prompt
             count = len(prompt.ids[read])
             ids[i, :count], positions[i, :count] = prompt.ids[read], prompt.positions[read]
             start[i], last[i] = reading.at, count - 1
+            if (ids[i] < 0).any():
+                if features is None:
+                    features = np.zeros((*ids.shape, prompt.features.shape[1]), np.float32)
+                features[i, :count] = prompt.features[read]
             reading.at += count
             self._programs.counts["read"] += count
-        self._state = self._programs.read_prompts(self._state, rows, ids, positions, start, last)
+        self._state = self._programs.read_prompts(self._state, rows, ids, positions, start, last, features)
 
     def _padded(self, rows: list[int]) -> Int[np.ndarray, " rows"]:
         """The rows, then one that does not exist, in one of the sizes in which rows are read and copied."""
@@ -361,7 +355,7 @@ class Slots:
             for row, prompt in zip(occupant.rows, occupant.prompts, strict=True):
                 length[row] = len(prompt.ids)
             if seen.size:
-                seen[slot, own.ids] = True
+                seen[slot, own.ids[own.ids >= 0]] = True
             occupant.running = True
         self._state = self._programs.enter(self._state, begins, grammar, length, seen)
 
@@ -451,13 +445,6 @@ class Slots:
             for place, (row, each) in enumerate(shadows):
                 leader[row], shadow[slot, place], weight[slot, place] = slot, row, each.weight
         return {"leader": leader, "shadow": shadow, "weight": weight}
-
-
-def _shared(held: Int[np.ndarray, " held"], ids: Int[np.ndarray, " tokens"]) -> int:
-    """How many ids two sequences begin with alike."""
-    length = min(len(held), len(ids))
-    differs = held[:length] != ids[:length]
-    return int(np.argmax(differs)) if differs.any() else length
 
 
 def piece(n: int, sizes: Sequence[int]) -> int:

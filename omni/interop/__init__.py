@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 import omni_tokenizers
 from omni.chat_template import SOURCE, ChatRenderer, ChatTemplate
 from omni.grammar import Grammar
-from omni.interop import anygpt, chameleon, emu3, emu3_5, llama, qwen3
+from omni.interop import anygpt, chameleon, emu3, emu3_5, janus, llama, qwen3
 from omni.interop import chameleon_original as release
 from omni.interop.family import ADDED_TOKENS, Family, Place, Preset
 from omni.interop.pictures import PREPROCESSOR, with_file
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 LONGEST_CONTEXT = 1 << 30
-FAMILIES: tuple[Family, ...] = tuple(module.FAMILY for module in (chameleon, emu3, emu3_5, anygpt, llama, qwen3))
+FAMILIES: tuple[Family, ...] = tuple(module.FAMILY for module in (chameleon, emu3, emu3_5, janus, anygpt, llama, qwen3))
 """A directory is of the first that holds it, an export of the first that lacks nothing: the special stand first."""
 MODEL_TYPES = tuple(dict.fromkeys(family.model_type for family in FAMILIES))
 
@@ -117,6 +117,8 @@ def load_checkpoint(
     if not 1 <= context <= LONGEST_CONTEXT:
         raise OmniError(f"{path}: max_position_embeddings is {context}; it must be 1 to {LONGEST_CONTEXT}")
     tensors, settings_file = open_directory(directory), directory / "generation.json"
+    if family.tied is not None:
+        config = dataclasses.replace(config, tied_embeddings=family.tied(settings, tensors))
     places = places_in(tensors, config, family)
     try:
         text = family.text(directory, None)
@@ -165,7 +167,7 @@ def _transformer(
     mesh: Mesh | None,
     dtype: str,
 ) -> Transformer:
-    published = config.vocabulary_size
+    published = config.embedded
     config = dataclasses.replace(config, vocabulary_size=preset.vocabulary.size, compute_dtype=dtype)
     return read_transformer(config, tensors, places, published, mesh)
 

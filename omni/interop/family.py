@@ -90,6 +90,8 @@ class Family:
     """Modalities whose tokenizers such an export holds whole."""
     section: Callable[[Settings], Settings] = lambda settings: settings
     """The part of a config.json that is about the transformer."""
+    tied: Callable[[Settings, Collection[str]], bool] | None = None
+    """Whether embedding and head are one, where names of tensors decide it; None: config.json says so."""
     frame: tuple[str, str] = ("", "")
     """Tokens that transformers' processor puts around what a chat template has written (`ChatTemplate.frame`)."""
 
@@ -219,6 +221,7 @@ def write_config(model: Model, name: str, architecture: str) -> dict[str, Any]:
         "model_type": name,
         "architectures": [architecture],
         **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
+        "vocab_size": config.embedded,
         "num_key_value_heads": config.key_value_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
@@ -234,7 +237,9 @@ def write_config(model: Model, name: str, architecture: str) -> dict[str, Any]:
 
 def llama_lacks(config: TransformerConfig, **fixed: Any) -> str | None:
     """What a family that is shaped like Llama, and has `fixed` settings, lacks of a configuration; None: nothing."""
-    for name, value in ({"experts": 0, "rope": "time", "norm_order": "pre", "qk_norm_per_head": False} | fixed).items():
+    usual = {"experts": 0, "rope": "time", "norm_order": "pre", "qk_norm_per_head": False}
+    usual |= {"code_nets": None, "vision": None}
+    for name, value in (usual | fixed).items():
         if getattr(config, name) != value:
             return f"{name} {getattr(config, name)!r}"
     return None

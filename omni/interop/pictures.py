@@ -36,7 +36,8 @@ def with_file(declaration: Mapping[str, Any], directory: epath.Path) -> Mapping[
     usual = ImageProcessor.from_json(image["preprocessing"], source)
     for name in ("side", "spatial_factor"):
         if (own := getattr(found, name)) != getattr(usual, name):
-            words = "size and crop_size have" if name == "side" else f"{name} is"
+            cut = name == "side" and not found.min_size
+            words = "size and crop_size have" if cut else "size is" if name == "side" else f"{name} is"
             raise OmniError(f"{source}: {words} {own}; config.json's pictures have {getattr(usual, name)}")
     image = image | {"preprocessing": found.to_json()}
     return declaration | {"modalities": declaration["modalities"] | {"image": image}}

@@ -70,6 +70,8 @@ def verify(model: Model, directory: epath.PathLike) -> Iterator[Check]:
     yield _text(model, directory)
     yield _pixels(model, directory)
     yield _codes(model, theirs)
+    if model.config.vision:
+        yield _features(model, theirs)
 
 
 def as_table(checks: list[Check]) -> str:
@@ -167,7 +169,8 @@ def _codes(model: Model, theirs: Any) -> Check:
 
     tokenizer = model.tokenizers.get("image")
     if tokenizer is None or not hasattr(theirs.base_model, "get_image_tokens"):
-        return Check("codes of a picture", None, "no tokenizer of pictures lies there")
+        why = "no tokenizer of pictures lies there" if tokenizer is None else "transformers' model makes none"
+        return Check("codes of a picture", None, why)
     pixels = _picture(PIXELS)
     ours = model.vocabulary.block("image")[np.asarray(tokenizer.encode(pixels[None]))[0]]
     scaled = torch.tensor(pixels.transpose(2, 0, 1)[None] / 127.5 - 1, dtype=torch.float32)
@@ -177,6 +180,19 @@ def _codes(model: Model, theirs: Any) -> Check:
     return Check(
         "codes of a picture", same >= SAME_CODES, f"{same:.2%} of {ours.size} are the same, of {SAME_CODES:.0%}"
     )
+
+
+def _features(model: Model, theirs: Any) -> Check:
+    import torch
+
+    picture, processor = Image(_picture(PIXELS)), model.processor.image_processor
+    scaled = processor.values(processor.resized(picture).pixels[None])
+    expected = theirs.base_model.get_image_features(torch.tensor(scaled.transpose(0, 3, 1, 2))).pooler_output.numpy()
+    with jax.default_matmul_precision("highest"):
+        found = model.processor.see([picture])
+    error = float(np.abs(found - expected).max() / np.abs(expected).max())
+    words = f"largest difference {error:.1e}, of at most {TOLERANCE:.0e}"
+    return Check("features of a picture", error <= TOLERANCE, words)
 
 
 def _picture(size: int) -> UInt8[np.ndarray, "size size 3"]:

@@ -55,8 +55,8 @@ def places_in(tensors: NamedTensors, config: TransformerConfig, family: Family) 
     if count < config.depth:  # before as many names are made as a config.json may ask for
         raise OmniError(f"{tensors.source}: {count} tensors of layers; config.json has {config.depth} layers")
     embedding = f"{prefix}embed_tokens.weight"
-    if embedding in tensors and tensors.shape(embedding)[:1] != (config.vocabulary_size,):
-        rows = f"the shape {list(tensors.shape(embedding))}, config.json needs {config.vocabulary_size} rows"
+    if embedding in tensors and tensors.shape(embedding)[:1] != (config.embedded,):
+        rows = f"the shape {list(tensors.shape(embedding))}, config.json needs {config.embedded} rows"
         raise OmniError(f"{tensors.source}: tensor {embedding!r} has {rows}")
     places = family.places(config, prefix)
     wanted = {place.theirs for place in places}

@@ -31,6 +31,63 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class CodeNetsConfig:
+    """Nets between the last ids of a vocabulary, the codes of one block, and the stream (`omni.model.code_nets`)."""
+
+    codes: int
+    """Ids that go through these nets, the last of all."""
+    width: int
+    """Numbers that stand for a code."""
+    depth: int = 2
+    """Linear maps between these and the stream."""
+
+    def __post_init__(self) -> None:
+        if min(self.codes, self.width, self.depth) < 1:
+            raise UsageError(f"{self} is no net of codes: each of its numbers must be at least 1")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A tower of pictures that are seen (`omni.model.vision`)."""
+
+    image_size: int = 384
+    """Height and width of pictures."""
+    patch: int = 16
+    """Height and width of the patches into which they are cut."""
+    depth: int = 24
+    """Number of layers."""
+    dim: int = 1024
+    """Width of the tower."""
+    heads: int = 16
+    """Heads of its attention, which divide its width."""
+    mlp_ratio: float = 4.0
+    """Hidden width of its perceptrons, by the width of the tower."""
+    norm_epsilon: float = 1e-6
+    """Added to the variance in every norm."""
+    aligner_depth: int = 2
+    """Linear maps between the tower and the stream."""
+
+    def __post_init__(self) -> None:
+        numbers = (self.image_size, self.patch, self.depth, self.dim, self.heads, self.mlp_dim, self.aligner_depth)
+        if min(numbers) < 1 or self.image_size % self.patch or self.dim % self.heads:
+            raise UsageError(
+                f"{self} is no tower: its numbers must be at least 1, patch must divide image_size, and heads dim"
+            )
+        if not 0 < self.norm_epsilon < math.inf:
+            raise UsageError(f"vision norm_epsilon is {self.norm_epsilon}; it must be above 0 and finite")
+
+    @property
+    def mlp_dim(self) -> int:
+        """Hidden width of its perceptrons."""
+        return int(self.dim * self.mlp_ratio)
+
+    @property
+    def tokens(self) -> int:
+        """Patches of a picture, each of which has a feature."""
+        return (self.image_size // self.patch) ** 2
+
+
+@dataclass(frozen=True)
 class TransformerConfig:
     """Shape and variants of a decoder-only transformer, and how its training computes it."""
 
@@ -75,6 +132,10 @@ class TransformerConfig:
     """Rate of dropout on the embedding and on what each branch adds to the residual stream, in training."""
     tied_embeddings: bool = True
     """Whether the output head is the transposed embedding."""
+    code_nets: CodeNetsConfig | None = None
+    """What the last ids go through in place of rows of the embedding and the head; None: nothing."""
+    vision: VisionConfig | None = None
+    """The tower of pictures that are seen; None: there is none."""
     attention: Literal["xla", "splash"] = "xla"
     """Kernel of attention over whole sequences. xla: anywhere; splash: a fused one, for TPUs alone."""
     attention_blocks: tuple[int, int] = (1024, 1024)
@@ -112,8 +173,15 @@ class TransformerConfig:
             raise UsageError(f"transformer experts_per_token is {self.experts_per_token}, of {self.experts} experts")
         if self.qk_norm_per_head and self.qk_norm == "none":
             raise UsageError('transformer qk_norm_per_head speaks of a norm; qk_norm is "none"')
+        if self.code_nets and self.code_nets.codes >= self.vocabulary_size:
+            raise UsageError(f"transformer code_nets have {self.code_nets.codes} of {self.vocabulary_size} ids")
         self._check_groups()
         self._check_tensors()
+
+    @property
+    def embedded(self) -> int:
+        """How many ids, the first ones, have rows of the embedding."""
+        return self.vocabulary_size - (self.code_nets.codes if self.code_nets else 0)
 
     def _check_groups(self) -> None:
         if not self.expert_groups:

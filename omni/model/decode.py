@@ -3,7 +3,7 @@
 A scan over stacked weights copies each layer's slice for every token; here each layer's weights stand alone.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
@@ -14,10 +14,11 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from omni.model import experts
 from omni.model.attention import HEAD, Cache, Heads, KeyValueHeads, Stored, attend_slots, write_cache
+from omni.model.code_nets import CodeHead
 from omni.model.config import TransformerConfig
 from omni.model.positions import rotation
 from omni.model.quantized import Held, dequantized, quantized
-from omni.model.transformer import Stream, Transformer, block, embed, project, rms_norm
+from omni.model.transformer import Stream, Transformer, block, embed, project, rms_norm, with_features
 from omni.sharding import ShardingRules, constrain, named_sharding
 
 CACHE_AXES = ("batch", "key_value_heads", None, "head_dim")
@@ -43,6 +44,8 @@ class Decoder:
     layers: list[dict[str, Held]]
     norm: Float[Array, " dim"]
     head: Held
+    codes: CodeHead | None = None
+    """The head of codes, whose ids follow those of `head`; None where it has all ids."""
 
 
 def make_decoder(model: Transformer, dtype: str | None = None) -> Decoder:
@@ -57,13 +60,15 @@ def make_decoder(model: Transformer, dtype: str | None = None) -> Decoder:
         return _int8_decoder(model)
     dtype = dtype or config.compute_dtype
     head = model.output_weights().astype(dtype)
-    embedding = head if config.tied_embeddings else model.embedding[...].astype(dtype)
+    shared = config.tied_embeddings and not config.code_nets
+    embedding = head if shared else model.input_weights().astype(dtype)
     stacked = {
         name: weight if "norm" in name or name == "router" else weight.astype(dtype)
         for name, weight in model.blocks.weights().items()
     }
     layers = [{name: weight[layer] for name, weight in stacked.items()} for layer in range(config.depth)]
-    return Decoder(config, embedding, layers, model.norm[...], head)
+    codes = jax.tree.map(lambda x: x.astype(dtype), model.code_head())
+    return Decoder(config, embedding, layers, model.norm[...], head, codes)
 
 
 def _int8_decoder(model: Transformer) -> Decoder:
@@ -74,8 +79,10 @@ def _int8_decoder(model: Transformer) -> Decoder:
         return _int8_matrix(weight, SUMMED[name]) if name in SUMMED else weight
 
     layers = [{name: held(name, weight[layer]) for name, weight in stacked.items()} for layer in range(config.depth)]
-    embedding = model.embedding[...].astype(config.compute_dtype)
-    return Decoder(config, embedding, layers, model.norm[...], held("head", model.output_weights()))
+    embedding, codes = model.input_weights().astype(config.compute_dtype), model.code_head()
+    if codes is not None:
+        codes = replace(codes, hidden=held("head", codes.hidden), rows=held("head", codes.rows))
+    return Decoder(config, embedding, layers, model.norm[...], held("head", model.output_weights()), codes)
 
 
 _int8_matrix = jax.jit(quantized, static_argnums=1)
@@ -116,8 +123,11 @@ def _decoder_axes(model: Transformer) -> Decoder:
 
     blocks = {name: value for name, value in vars(model.blocks).items() if isinstance(value, nnx.Param)}
     layer = {name: _Axes(axes(parameter)[1:]) for name, parameter in blocks.items()}
-    table = _Axes(axes(model.embedding))
-    return Decoder(model.config, table, [layer] * model.config.depth, _Axes(axes(model.norm)), table)
+    table, codes = _Axes(axes(model.embedding)), None
+    if model.config.code_nets:
+        nets = model.codes
+        codes = CodeHead(*(_Axes(axes(each)) for each in (nets.hidden, nets.hidden_bias, nets.head, nets.head_bias)))
+    return Decoder(model.config, table, [layer] * model.config.depth, _Axes(axes(model.norm)), table, codes)
 
 
 def init_cache(config: TransformerConfig, rows: int, capacity: int, dtype: DTypeLike | None = None) -> list[Cache]:
@@ -153,7 +163,7 @@ def apply_decoder(
     Arguments as of `decoder_stream`; with `last`, logits [rows, 1, vocabulary].
     """
     x, cache = decoder_stream(decoder, ids, positions, slots, cache, last)
-    return project(x, dequantized(decoder.head)), cache
+    return project(x, dequantized(decoder.head), decoder.codes), cache
 
 
 def decoder_stream(
@@ -164,18 +174,23 @@ def decoder_stream(
     cache: list[Cache],
     last: Int[Array, " rows"] | None = None,
     cache_rows: Int[Array, " rows"] | None = None,
+    features: Float[Array, "rows length dim"] | None = None,
 ) -> tuple[Stream, list[Cache]]:
     """The stream after its final norm, whose products with the head are logits, and the cache with these tokens in it.
 
     Token i of row r goes to slot slots[r] + i and sees slots 0 .. slots[r] + i. A right-padded prompt is a call with
     slots 0: what padding leaves in the cache lies in later slots, which later tokens overwrite before they see them.
     With `last`, the stream of token last[r] of each row alone: [rows, 1, dim]. With `cache_rows`, row r is that row of
-    the cache, of which the others stay as they are; one that does not exist leaves nothing.
+    the cache, of which the others stay as they are; one that does not exist leaves nothing. Where ids are negative,
+    `features` stand in the place of embeddings.
     """
     config = decoder.config
     by = rotation(config, positions)
     slots = slots[:, None] + jnp.arange(ids.shape[1])
-    x, tokens = embed(config, decoder.embedding, ids), experts.routing(config, ids)
+    embedded = ids if features is None else jnp.maximum(ids, 0)
+    x, tokens = embed(config, decoder.embedding, embedded), experts.routing(config, embedded)
+    if features is not None:
+        x = with_features(x, ids, features)
     new_cache = []
     for weights, layer_cache in zip(decoder.layers, cache, strict=True):
         attend = partial(attend_cache, layer_cache, slots, cache_rows)

@@ -60,7 +60,8 @@ def save_transformer(
 def settings_of_the_model(config: TransformerConfig) -> dict[str, Any]:
     """What a model is, as JSON: neither how its training was computed, nor settings of what it does not have."""
     left_out = [*HOW_COMPUTED, *(() if config.experts else ("experts", "experts_per_token"))]
-    left_out += [name for name in ("expert_groups", "rope_scaling", "qk_norm_per_head") if not getattr(config, name)]
+    optional = ("expert_groups", "rope_scaling", "qk_norm_per_head", "code_nets", "vision")
+    left_out += [name for name in optional if not getattr(config, name)]
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
 
 

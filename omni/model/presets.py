@@ -51,7 +51,7 @@ def parameter_count(config: TransformerConfig) -> int:
 def active_parameter_count(config: TransformerConfig) -> int:
     """Parameters that work on one token: of its experts alone, and not the embedding, of which it reads a row."""
     whole = _count(config, config.experts_per_token if config.experts else 0)
-    return whole - (0 if config.tied_embeddings else config.vocabulary_size * config.dim)
+    return whole - (0 if config.tied_embeddings else config.embedded * config.dim)
 
 
 def _count(config: TransformerConfig, experts: int) -> int:
@@ -60,7 +60,13 @@ def _count(config: TransformerConfig, experts: int) -> int:
     normed = {"none": 0, "rms": 1, "layer": 2}[config.qk_norm] * (heads if config.qk_norm_per_head else 2)
     norms = 2 * dim + normed * config.head_dim
     feed = 3 * dim * config.mlp_dim * max(experts, 1) + dim * config.experts
-    embeddings = config.vocabulary_size * dim * (1 if config.tied_embeddings else 2)
+    embeddings = config.embedded * dim * (1 if config.tied_embeddings else 2)
+    if nets := config.code_nets:
+        embeddings += nets.codes * (nets.width + dim + 1) + dim * (nets.width + 1 + nets.depth * (dim + 1))
+    if tower := config.vision:
+        layer = tower.dim * (4 * tower.dim + 2 * tower.mlp_dim + 9) + tower.mlp_dim
+        embeddings += tower.depth * layer + tower.dim * (3 * tower.patch**2 + tower.tokens + 3)
+        embeddings += dim * (tower.dim + 1 + (tower.aligner_depth - 1) * (dim + 1))
     return config.depth * (attention + norms + feed) + embeddings + dim
 
 

@@ -15,8 +15,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from omni.model import experts
 from omni.model.attention import Heads, KeyValueHeads, attend
+from omni.model.code_nets import CodeHead, CodeNets
 from omni.model.config import TransformerConfig
 from omni.model.positions import Rotation, rotate, rotation
+from omni.model.vision import Vision
 from omni.sharding import constrain
 
 Stream = Float[Array, "batch length dim"]
@@ -103,12 +105,16 @@ class Transformer(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.config = config
         draw = jax.nn.initializers.truncated_normal(config.dim**-0.5)
-        shape = (config.vocabulary_size, config.dim)
+        shape = (config.embedded, config.dim)
         self.embedding = nnx.Param(draw(rngs.params(), shape), axes=("vocabulary", "embed"))
         self.blocks = Blocks(config, rngs=rngs)
         self.norm = nnx.Param(jnp.ones(config.dim), axes=("embed",))
         if not config.tied_embeddings:
             self.head = nnx.Param(draw(rngs.params(), shape), axes=("vocabulary", "embed"))
+        if config.code_nets:
+            self.codes = CodeNets(config, rngs=rngs)
+        if config.vision:
+            self.vision = Vision(config, rngs=rngs)
 
     def __call__(
         self,
@@ -117,13 +123,15 @@ class Transformer(nnx.Module):
         segments: Int[Array, "batch length"] | None,
         *,
         dropout_key: PRNGKeyArray | None = None,
+        given: Stream | None = None,
     ) -> Float[Array, "batch length vocabulary"]:
         """Logits, float32, for the token after each; each sees its own segment up to itself (0 is padding).
 
-        Without `dropout_key` nothing is dropped.
+        Without `dropout_key` nothing is dropped. Where ids are negative, what is `given` stands in the place of
+        embeddings.
         """
-        stream = self.features(ids, positions, segments, dropout_key=dropout_key).stream
-        return project(stream, self.output_weights())
+        stream = self.features(ids, positions, segments, dropout_key=dropout_key, given=given).stream
+        return project(stream, self.output_weights(), self.code_head())
 
     def features(
         self,
@@ -133,15 +141,17 @@ class Transformer(nnx.Module):
         *,
         dropout_key: PRNGKeyArray | None = None,
         order: Int[np.ndarray, " length"] | None = None,
+        given: Stream | None = None,
     ) -> Features:
         """All of `__call__` but the output head; tokens may stand in another `order` (see `attend`)."""
         config = self.config
-        by, tokens = rotation(config, positions), experts.routing(config, ids, segments)
+        embedded = ids if given is None else jnp.maximum(ids, 0)
+        by, tokens = rotation(config, positions), experts.routing(config, embedded, segments)
         segments = jnp.ones_like(ids) if segments is None else segments
         keys = None
         if config.dropout and dropout_key is not None:
             embedding_key, *keys = jax.random.split(dropout_key, 1 + config.depth)
-        x = embed(config, self.embedding[...], ids)
+        x = self._start(embedded) if given is None else with_features(self._start(embedded), ids, given)
 
         def attend_all(query: Heads, key: KeyValueHeads, value: KeyValueHeads) -> tuple[Heads, Array | None]:
             read, largest = attend(config, query, key, value, segments, order)
@@ -166,9 +176,28 @@ class Transformer(nnx.Module):
             None if largest is None else jnp.max(largest, axis=0),
         )
 
-    def output_weights(self) -> Float[Array, "vocabulary dim"]:
-        """The output head: the embedding where tied."""
+    def _start(self, ids: Int[Array, "batch length"]) -> Stream:
+        if not self.config.code_nets:
+            return embed(self.config, self.embedding[...], ids)
+        embedded = self.config.embedded
+        x = embed(self.config, self.embedding[...], jnp.minimum(ids, embedded - 1))
+        rows = constrain(self.codes.rows(jnp.maximum(ids - embedded, 0)), "batch", "stream", None)
+        return jnp.where((ids < embedded)[..., None], x, rows)
+
+    def input_weights(self) -> Float[Array, "vocabulary dim"]:
+        """What each id is in the stream: the embedding, and behind it what nets make of codes."""
+        if not self.config.code_nets:
+            return self.embedding[...]
+        rows = self.codes.rows(jnp.arange(self.config.code_nets.codes))
+        return jnp.concatenate([self.embedding[...], rows.astype(self.embedding.dtype)])
+
+    def output_weights(self) -> Float[Array, "embedded dim"]:
+        """The output head of ids that are embedded: the embedding where tied."""
         return self.embedding[...] if self.config.tied_embeddings else self.head[...]
+
+    def code_head(self) -> CodeHead | None:
+        """The output head of all other ids, where there are such."""
+        return self.codes.code_head() if self.config.code_nets else None
 
 
 def embed(
@@ -177,6 +206,11 @@ def embed(
     """The residual stream's start, in the compute type."""
     rows = constrain(embedding, "vocabulary", None)[ids]
     return constrain(rows.astype(config.compute_dtype), "batch", "stream", None)
+
+
+def with_features(x: Stream, ids: Int[Array, "batch length"], features: Stream) -> Stream:
+    """The stream's start with features where ids are negative."""
+    return constrain(jnp.where((ids < 0)[..., None], features.astype(x.dtype), x), "batch", "stream", None)
 
 
 def remat_policy(config: TransformerConfig) -> Callable:
@@ -193,9 +227,13 @@ def remat_policy(config: TransformerConfig) -> Callable:
     return jax.checkpoint_policies.save_only_these_names(*config.saved)
 
 
-def project(x: Stream, head: Float[Array, "vocabulary dim"]) -> Float[Array, "batch length vocabulary"]:
-    """Logits of the stream after its final norm; float32."""
+def project(
+    x: Stream, head: Float[Array, "embedded dim"], codes: CodeHead | None = None
+) -> Float[Array, "batch length vocabulary"]:
+    """Logits of the stream after its final norm, those of `codes` behind the others; float32."""
     logits = jnp.einsum("bld,vd->blv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+    if codes is not None:
+        logits = jnp.concatenate([logits, codes.logits(x)], axis=-1)
     return constrain(logits, "batch", "length", "vocabulary")
 
 

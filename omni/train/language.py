@@ -103,6 +103,8 @@ class TransformerTask(Task):
                 raise UsageError(f"loss_weights names the modality '{name}'; the nearest that there is is '{nearest}'")
         if not 0 <= self.codebook_share <= 1:
             raise UsageError(f"codebook_share is {self.codebook_share}; it must lie in 0 to 1")
+        if self.codebook_share and self.model.code_nets:
+            raise UsageError("codebook_share speaks of rows of the embedding, which codes with code_nets do not have")
         if self.codebook_share and not shards.codebooks:
             raise UsageError(f"codebook_share is {self.codebook_share}, but {shards.directory} holds no codebooks")
         return shards
@@ -119,7 +121,13 @@ class TransformerTask(Task):
         return model
 
     def trained(self) -> Sequence[str]:
-        return super().trained() if self.lora is None else (ADAPTERS, *self.lora.trained)
+        if self.lora is not None:
+            return (ADAPTERS, *self.lora.trained)
+        if self.model.vision is None:
+            return super().trained()
+        # Shards hold codes alone, so nothing goes through the tower.
+        there = {"head": not self.model.tied_embeddings, "codes.*": self.model.code_nets is not None}
+        return ("embedding", "norm", "blocks.*", *(name for name, is_there in there.items() if is_there))
 
     def loss(
         self, model: Transformer, batch: Batch, key: PRNGKeyArray, *, training: bool
@@ -133,7 +141,8 @@ class TransformerTask(Task):
         features = model.features(
             batch["ids"], batch["positions"], batch["segments"], dropout_key=key if training else None, order=order
         )
-        found = token_losses(features.stream, model.output_weights(), batch["following_ids"], chunk=self.logits_chunk)
+        heads = model.output_weights(), batch["following_ids"], model.code_head()
+        found = token_losses(features.stream, *heads, chunk=self.logits_chunk)
         segments, modality = batch["segments"], batch["following_modalities"]
         predicted = ((batch["following_segments"] == segments) & (segments > 0)).astype(jnp.float32)
         target = batch["following_target"] * predicted

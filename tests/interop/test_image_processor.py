@@ -11,7 +11,7 @@ from public_models import golden
 import omni
 from omni.grammar import Grammar, Span
 from omni.image_processor import ImageProcessor
-from omni.interop import chameleon, emu3
+from omni.interop import chameleon, emu3, janus
 from omni.parts import Image
 from omni.processor import Processor, given
 from omni_tokenizers.errors import OmniError
@@ -73,6 +73,44 @@ def test_what_is_not_supported_is_refused_by_name(directory, values, message):
     with pytest.raises(OmniError, match=message) as caught:
         omni.load(directory)
     assert "preprocessor_config.json: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"size": {"height": 8, "width": 9}}, "only a square"),
+        ({"size": {"shortest_edge": 8}}, "only a square"),
+        ({"size": {"height": 16, "width": 16}}, "size is 16; config.json's pictures have 8"),
+        ({"min_size": 9}, "min_size is 9; it must be 0 to 8"),
+        ({"do_pad": False}, "do_pad = False is not supported"),
+        ({"do_center_crop": True}, "do_center_crop = True is not supported"),
+        ({"image_mean": [2.0, 0.5, 0.5]}, "must be a colour"),
+    ],
+)
+def test_what_janus_does_not_scale_by_is_refused(tmp_path, values, message):
+    """One line with the file and the key, of a family that fills pictures up."""
+    golden("janus").write(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"background_color": [127] * 3, "min_size": 2}))
+    usual = omni.load(tmp_path).processor.image_processor
+    assert usual == ImageProcessor(**janus.SCALING, side=8, min_size=2)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    with pytest.raises(OmniError, match=message) as caught:
+        omni.load(tmp_path)
+    assert "preprocessor_config.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("shape", "inside"), [((5, 40), (3, 8)), ((30, 20), (8, 5)), ((8, 8), (8, 8))])
+def test_pictures_are_filled_up_with_the_mean(shape, inside):
+    """The longer edge is the side, the shorter one of its aspect or of the fewest pixels, and what is around it has the
+    colour of the mean; what is read back from JSON is the same processor."""
+    processor = ImageProcessor(**janus.SCALING | {"image_mean": (0.2, 0.5, 0.9)}, side=8, min_size=3)
+    pixels = processor.resized(Image(np.full((*shape, 3), 255, np.uint8))).pixels
+    white = (pixels == 255).all(-1)
+    rows, columns = np.flatnonzero(white.any(1)), np.flatnonzero(white.any(0))
+    assert pixels.shape == (8, 8, 3) and (len(rows), len(columns)) == inside and white.sum() == inside[0] * inside[1]
+    assert rows[0] == (8 - inside[0]) // 2 and columns[0] == (8 - inside[1]) // 2
+    assert {tuple(pixel) for pixel in pixels[~white].tolist()} <= {(51, 127, 229)}
+    assert ImageProcessor.from_json(processor.to_json(), "file") == processor
 
 
 def test_unknown_keys_are_ignored_aloud(directory, caplog):

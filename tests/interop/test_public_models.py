@@ -296,7 +296,7 @@ def cut(directory):
     [
         (
             change_config(model_type="bloom"),
-            "'bloom' can be read; supported are chameleon, emu3, Emu3, llama, qwen3",
+            "'bloom' can be read; supported are chameleon, emu3, Emu3, janus, llama, qwen3",
         ),
         (change_config(model_type=["llama"]), "no model of type"),
         (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),

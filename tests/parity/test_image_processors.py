@@ -10,7 +10,7 @@ from PIL import Image as PillowImage
 
 import omni
 from omni.image_processor import ImageProcessor
-from omni.interop import chameleon, emu3
+from omni.interop import chameleon, emu3, janus
 from omni.parts import Image
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install 'omni-any-to-any[parity]'")
@@ -19,6 +19,7 @@ skimage = pytest.importorskip("skimage", reason="needs scikit-image: pip install
 
 from their_models import CASES  # noqa: E402
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil  # noqa: E402
+from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -40,8 +41,16 @@ PHOTOS = {
     "a row": ("astronaut.png", (100, 200, 2, 40)),
     "one pixel": ("astronaut.png", (100, 200, 1, 1)),
 }
-OWN = {"chameleon": chameleon.SCALING | {"side": 512}, "emu3": emu3.SCALING | {"spatial_factor": 8}}
+OWN = {
+    "chameleon": chameleon.SCALING | {"side": 512},
+    "emu3": emu3.SCALING | {"spatial_factor": 8},
+    "janus": janus.SCALING | {"side": 384, "min_size": janus.MIN_SIZE},
+}
 THEIRS = {
+    # Of pictures that are not RGB Janus's makes none, unless it is asked to.
+    "janus": JanusImageProcessorPil(do_convert_rgb=True),
+    "janus released": JanusImageProcessorPil(do_convert_rgb=True, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+    "janus narrow": JanusImageProcessorPil(do_convert_rgb=True, size={"height": 48, "width": 48}, min_size=40),
     "chameleon": ChameleonImageProcessorPil(),
     "emu3": transformers.Emu3ImageProcessor(),
     "emu3 released": transformers.Emu3ImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3),
@@ -81,14 +90,16 @@ def test_pixels_equal_theirs(kind, name):
 
 @pytest.mark.parametrize("kind", OWN)
 def test_values_without_a_file_are_those_of_the_training(kind):
-    """Sizes and filter of transformers, but [-1, 1]: there Chameleon's white is 0.989, and Emu3's has CLIP's mean."""
-    picture, own, theirs = Image.from_pil(photo("landscape, odd")), ImageProcessor(**OWN[kind]), ours(THEIRS[kind])
+    """Sizes and filter of transformers, but [-1, 1]: there Chameleon's white is 0.989, Emu3's and Janus's have CLIP's
+    mean, with which Janus's fills up what is no square."""
+    picture = Image.from_pil(photo("as large" if kind == "janus" else "landscape, odd"))
+    own, theirs = ImageProcessor(**OWN[kind]), ours(THEIRS[kind])
     pixels = own.resized(picture).pixels
     np.testing.assert_array_equal(pixels, theirs.resized(picture).pixels)
     np.testing.assert_allclose(own.values(pixels), pixels / 127.5 - 1, atol=2e-7)
     white = np.full((1, 1, 1, 3), 255, np.uint8)
     apart = (own.values(white) - theirs.values(white)).ravel()
-    expected = {"chameleon": [0.011] * 3, "emu3": [-0.9303, -1.0749, -1.1459]}[kind]
+    expected = [0.011] * 3 if kind == "chameleon" else [-0.9303, -1.0749, -1.1459]
     np.testing.assert_allclose(apart, expected, atol=1e-4)
 
 

@@ -86,10 +86,12 @@ def test_every_tensor_matters(name, theirs, tmp_path):
         (tmp_path / file.name).write_text(file.read_text())
     tensors = weights.read(directory / "model.safetensors")
     tensors = {key: value for key, value in tensors.items() if "vqmodel" not in key}
+    of_pictures = ("vision_model", "aligner", "generation_")  # those that ids of text never reach: test_janus.py
+    keys = [key for key in tensors if not any(part in key for part in of_pictures)]
     ids, random = ids_of(model, 1, 12), np.random.default_rng(0)
     expected = their_logits(model, ids)
-    assert len(tensors) > 3 * 9
-    for key in tensors:
+    assert len(keys) > 3 * 9
+    for key in keys:
         noise = 0.3 * random.standard_normal(tensors[key].shape).astype(np.float32)
         weights.write(tmp_path / "model.safetensors", tensors | {key: tensors[key] + noise})
         assert largest_error(logits(omni.load(tmp_path), ids), expected) > 10 * TOLERANCE, key

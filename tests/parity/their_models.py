@@ -73,6 +73,33 @@ _EMU3 = {
     | {"<image>": 75}
     | {character: 20 + number for number, character in enumerate("0123456789*")},
 }
+_JANUS = {
+    "text_config": _SHAPE | {"pad_token_id": 0},
+    "vision_config": {
+        "image_size": 8,
+        "patch_size": 2,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "mlp_ratio": 1.5,
+        "layer_norm_eps": 1e-3,
+        "projection_dim": 32,
+        "num_image_tokens": 16,
+    },
+    "vq_config": {
+        "base_channels": 32,
+        "channel_multiplier": [1, 1],
+        "num_res_blocks": 1,
+        "latent_channels": 8,
+        "embed_dim": 6,
+        "num_embeddings": 40,
+        "projection_dim": 32,
+        "image_token_embed_dim": 32,
+    },
+    "image_token_id": 90,
+    "tie_word_embeddings": False,
+}
+_JANUS_NAMES = {"<begin_of_image>": 91, "<end_of_image>": 92, "<image_placeholder>": 90}
 # Text, 203 control tokens up to the end of a row, five more, codes of pictures.
 _EMU3_5 = {"vocab_size": 448, "head_dim": 16, "bos_token_id": 303, "eos_token_id": 304, "pad_token_id": 97}
 _EMU3_5_ITSELF = {
@@ -104,7 +131,7 @@ class Theirs:
 
     def write(self, directory: Path):
         """Writes the model, every tensor noise, and returns it, in evaluation."""
-        name = "ForConditionalGeneration" if "vocabulary_map" in self.settings else "ForCausalLM"
+        name = "ForConditionalGeneration" if "vq_config" in self.settings else "ForCausalLM"
         kind = getattr(transformers, self.kind + name)
         kind(getattr(transformers, f"{self.kind}Config")(**self.settings)).save_pretrained(directory)
         shapes = {key: list(value.shape) for key, value in weights.read(directory / "model.safetensors").items()}
@@ -126,6 +153,12 @@ CASES = {
     "chameleon": Theirs("Chameleon", _CHAMELEON),
     "chameleon swin": Theirs("Chameleon", _CHAMELEON | {"swin_norm": True, "model_parallel_size": 2}),
     "emu3": Theirs("Emu3", _EMU3),
+    "janus": Theirs("Janus", _JANUS, files={"added_tokens.json": json.dumps(_JANUS_NAMES)}),
+    "janus tied": Theirs(
+        "Janus",
+        _JANUS | {"tie_word_embeddings": True},
+        files={"added_tokens.json": json.dumps(_JANUS_NAMES)},
+    ),
     "qwen3 tied": Theirs("Qwen3", _SHARED | {"head_dim": 12, "tie_word_embeddings": True}),
     "emu3.5": Theirs("Qwen3", _SHARED | _EMU3_5, _EMU3_5_ITSELF),
     "anygpt": Theirs(

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from omni.model.code_nets import CodeHead
+from omni.model.transformer import project
 from omni.train.cross_entropy import token_losses
 
 BATCH, LENGTH, DIM, VOCABULARY = 3, 26, 16, 97
@@ -43,6 +45,32 @@ def test_equals_plain_cross_entropy(chunk):
     expected = jax.value_and_grad(plain, (0, 1))(*arguments)
     found = jax.jit(jax.value_and_grad(chunked(chunk), (0, 1)))(*arguments)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+
+
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_codes_with_a_head_of_their_own_stand_behind_the_others(chunk):
+    """Value and all gradients are those of the logits of both heads, side by side."""
+    features, head, _, weights = example()
+    random = np.random.default_rng(1)
+    codes = CodeHead(*(np.float32(random.normal(size=shape)) for shape in ((DIM, DIM), (DIM,), (40, DIM), (40,))))
+    ids = random.integers(0, VOCABULARY + 40, (BATCH, LENGTH)).astype(np.int32)
+
+    def whole(features, head, codes):
+        logits = project(features, head, codes)
+        assert logits.shape[-1] == VOCABULARY + 40
+        log_denominator = jax.nn.logsumexp(logits, -1)
+        entropy = log_denominator - jnp.take_along_axis(logits, ids[..., None], -1)[..., 0]
+        return jnp.mean(weights * entropy + 1e-2 * log_denominator**2)
+
+    def in_chunks(features, head, codes):
+        found = token_losses(features, head, ids, codes, chunk=chunk)
+        return jnp.mean(weights * found.cross_entropy + 1e-2 * found.log_denominator**2)
+
+    expected, found = (jax.value_and_grad(each, (0, 1, 2))(features, head, codes) for each in (whole, in_chunks))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+    likeliest = np.argmax(project(features, head, codes), -1)
+    np.testing.assert_array_equal(token_losses(features, head, ids, codes, chunk=chunk).correct, ids == likeliest)
+    assert token_losses(features, head, likeliest, codes, chunk=chunk).correct.all()
 
 
 def test_which_are_correct():
