@@ -59,7 +59,8 @@ def test_it_is_known_by_either_file(tmp_path):
     assert alone.vocabulary.size == 96 and alone.vocabulary.special["<eos 2>"] == 2
     text = omni.load(dataclasses.replace(stored, files={}).write(tmp_path / "llama"))
     assert text.grammar.modalities == ("text",) and text.generation == {}
-    np.testing.assert_array_equal(text.logits(stored.ids)[..., :96], alone.logits(stored.ids))
+    # Heads of other widths are other products, which may be rounded otherwise.
+    np.testing.assert_allclose(text.logits(stored.ids)[..., :96], alone.logits(stored.ids), atol=1e-5)
 
 
 @pytest.mark.parametrize(("context", "speech", "music"), [(32, 1, 1), (100, 68, 17), (65_536, 16_384, 16_376)])
