@@ -185,7 +185,9 @@ def decoder_stream(
     `features` stand in the place of embeddings.
     """
     config = decoder.config
-    by = rotation(config, positions)
+    # XLA deems cosines cheap and computes them anew in each loop that they fuse into, for every head of every layer.
+    # One array that comes through a barrier is kept; two would be fused again once the barrier is taken away.
+    by = tuple(jax.lax.optimization_barrier(jnp.stack(rotation(config, positions))))
     slots = slots[:, None] + jnp.arange(ids.shape[1])
     embedded = ids if features is None else jnp.maximum(ids, 0)
     x, tokens = embed(config, decoder.embedding, embedded), experts.routing(config, embedded)

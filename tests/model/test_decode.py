@@ -92,6 +92,16 @@ def test_pieces_are_the_whole_and_read_what_is_there(sizes, monkeypatch):
         starts = ends
 
 
+@pytest.mark.parametrize("length", [1, 8])
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_positions_are_turned_into_angles_once(name, length):
+    """Cosines and sines are computed once in a program, of a token or a prompt, and not in every layer."""
+    ids, positions = np.zeros((2, length), np.int32), np.zeros((2, length, 3), np.int32)
+    cache = init_cache(MODELS[name].config, 2, 16)
+    text = apply.lower(DECODERS[name], ids, positions, np.zeros(2, np.int32), cache).compile().as_text()
+    assert text.count(" cosine(") == text.count(" sine(") == 1
+
+
 def test_last_selects_one_position():
     """`last` gives the same logits as picking them afterwards."""
     model, random = MODELS["swin layer"], np.random.default_rng(0)
