@@ -266,7 +266,7 @@ class Model:
 
     def _with_features(self, ids: Int[np.ndarray, "batch length"], features: Float[np.ndarray, "features dim"]):
         """Ids that are negative where features stand, and for each what stands there: [batch, length, dim]."""
-        flat, dim = ids.reshape(-1).copy(), self.config.dim
+        flat, dim, features = ids.reshape(-1).copy(), self.config.dim, np.asarray(features)
         places = self.grammar.feature_places(flat)
         if features.shape != (len(places), dim):
             raise UsageError(f"logits has places for features [{len(places)}, {dim}], not {list(features.shape)}")

@@ -155,7 +155,7 @@ class SpanLayout:
             return None, ()
         _check_keys(declared, {"token", "count"}, {"token", "count"}, where=f"features of modality '{self.name}'")
         if not 1 <= declared["count"] <= LARGEST:
-            raise OmniError(f"grammar: modality '{self.name}' has {declared['count']} features; at least 1 are needed")
+            raise OmniError(f"grammar: modality '{self.name}' has {declared['count']} features, not 1 to {LARGEST}")
         token = vocabulary.token(declared["token"])
         return token, (*self.open, *[token] * declared["count"], *self.close)
 

@@ -78,6 +78,29 @@ def optimised():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+class Compilations:
+    """Counts what XLA compiles."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __enter__(self):
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_):
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    def _listen(self, event: str, duration: float, **_) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture
+def compilations():
+    with Compilations() as found:
+        yield found
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizers() -> dict:
     """Text, image (8 x 8 pixels in 2 x 2 codes) and audio (two books, 40 ms a frame) tokenizers, untrained."""

@@ -109,7 +109,7 @@ class Engine:
         """A batch of just the size for these requests, in which they wait, and their order in it: the longest replies
         come first, so that at the end few slots are idle."""
         for request in requests:
-            check_request(request, self.grammar, self.context)
+            check_request(request, self.grammar, self.decoder.config.dim, self.context)
 
         def longest(i: int) -> int:
             want = requests[i].want

@@ -195,10 +195,13 @@ def useful_shadows(request: PreparedRequest) -> list[Shadow]:
     return [shadow for shadow in request.shadows if np.any(shadow.weight[reachable])]
 
 
-def check_request(request: PreparedRequest, grammar: Grammar, context: int | None, capacity: int | None = None) -> None:
+def check_request(
+    request: PreparedRequest, grammar: Grammar, width: int, context: int | None, capacity: int | None = None
+) -> None:
     """Refuses what cannot be answered.
 
     Args:
+      width: of the stream, and so of features.
       context: most tokens of prompt and reply that the model reads.
       capacity: most tokens of them that the batch has room for.
 
@@ -223,9 +226,10 @@ def check_request(request: PreparedRequest, grammar: Grammar, context: int | Non
             if not low <= value <= high:
                 raise UsageError(f"{name} of {modality} is {value}; it must be {allowed}")
     for prompt in (request, *request.shadows):
-        places, there = len(grammar.feature_places(prompt.ids)), 0 if prompt.features is None else len(prompt.features)
-        if places != there:
-            raise UsageError(f"a prompt has {there} features and {places} places for them")
+        needed = (len(grammar.feature_places(prompt.ids)), width)
+        there = (0, width) if prompt.features is None else np.shape(prompt.features)
+        if there != needed:
+            raise UsageError(f"a prompt has places for features {list(needed)}, not {list(there)}")
     for shadow in request.shadows:
         if not (np.abs(shadow.weight) <= STRONGEST).all():  # written so that NaN fails, too
             raise UsageError(f"guidance must be a finite number of at most {STRONGEST} in size")

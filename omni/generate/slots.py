@@ -158,7 +158,7 @@ class Slots:
           UsageError, OmniError: if it cannot be answered, at all or with this capacity (see `check_request`).
         """
         grammar = self._programs.grammar
-        check_request(request, grammar, self._context, self.capacity)
+        check_request(request, grammar, self._programs.decoder.config.dim, self._context, self.capacity)
         shadows = useful_shadows(request)
         if not self._grows and len(shadows) > self._rows - self.size:
             raise UsageError(
@@ -177,13 +177,15 @@ class Slots:
         self._make_room([useful_shadows(request) for request in requests])
         self._columns |= Columns.of(requests)
         self._renew()
+        width = self._programs.decoder.config.dim if any(each.features is not None for each in requests) else 0
         nobody = [size for size in ROWS if size < self._rows * 2]
         for rows in (self._padded([self._rows] * size) for size in nobody):
             zeros = np.zeros(len(rows), np.int32)
             for size in (size for size in CHUNKS if size < self.capacity * 2 and len(rows) * size <= READ_TOKENS):
                 ids = np.full((len(rows), size), self._programs.rules.pad, np.int32)
                 pieces = rows, ids, np.zeros((*ids.shape, 3), np.int32), zeros, zeros
-                self._state = self._programs.read_prompts(self._state, *pieces)
+                for features in (None, np.zeros((*ids.shape, width), np.float32))[: 1 + bool(width)]:
+                    self._state = self._programs.read_prompts(self._state, *pieces, features)
             self._state = self._programs.copy_rows(self._state, zeros, rows)
         self._enter([])
         self._state = self._programs.end(self._state, np.zeros(self.size, bool))

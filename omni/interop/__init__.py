@@ -262,7 +262,7 @@ def export_checkpoint(model: Model, directory: epath.PathLike, dtype: str = "flo
     """
     family = _family_like(model)
     directory = epath.Path(directory)
-    places, more = family.places(model.config, family.prefix), family.more_tensors(model)
+    places, more = list(family.places(model.config, family.prefix)), family.more_tensors(model)
     shapes = their_shapes(model.transformer, places) | {name: value.shape for name, value in more.items()}
     tensors = itertools.chain(their_tensors(model.transformer, places), more.items())
     write_directory(directory, shapes, tensors, dtype)

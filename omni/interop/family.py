@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,8 +68,9 @@ class Family:
     """What of a model this family does not have; None where it can hold the model."""
     preset: Callable[[Settings, TransformerConfig, PublicTextTokenizer | None], Preset]
     """Vocabulary and grammar, from a config.json and the text tokenizer if there is one."""
-    places: Callable[[TransformerConfig, str], list[Place]]
-    """Which tensor is which, for a configuration and a prefix of names."""
+    places: Callable[[TransformerConfig, str], Iterable[Place]]
+    """Which tensor is which, for a configuration and a prefix of names; made as they are asked for where a
+    configuration may ask for many."""
     holds: Callable[[Settings], bool] = lambda settings: True
     """Whether a config.json of this type is this family's; of several of one type the first that says so counts."""
     text: Callable[[epath.Path, np.ndarray | None], PublicTextTokenizer | None] = public_text

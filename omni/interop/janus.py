@@ -9,7 +9,8 @@ against transformers 5.23.0.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -221,48 +222,40 @@ def grammar(side: int, **more: Any) -> dict[str, Any]:
 # Tensors
 
 
-def places(config: TransformerConfig, prefix: str) -> list[Place]:
+def places(config: TransformerConfig, prefix: str) -> Iterator[Place]:
     """The tensors of the language model, the nets of codes, and the tower."""
-    return [*llama_places(config, prefix, _HEAD), *_places_of_codes(config), *_places_of_tower(config)]
+    return itertools.chain(llama_places(config, prefix, _HEAD), _places_of_codes(config), _places_of_tower(config))
 
 
-def _places_of_codes(config: TransformerConfig) -> list[Place]:
+def _places_of_codes(config: TransformerConfig) -> Iterator[Place]:
     head = "model.generation_head."
-    return [
-        Place("codes.vectors", "model.generation_embeddings.weight"),
-        *_aligner("codes.aligner.", "model.generation_aligner.", config.code_nets.depth),
-        Place("codes.hidden", f"{head}proj_out.weight"),
-        Place("codes.hidden_bias", f"{head}proj_out.bias"),
-        Place("codes.head", f"{head}vision_head.weight"),
-        Place("codes.head_bias", f"{head}vision_head.bias"),
-    ]
+    yield Place("codes.vectors", "model.generation_embeddings.weight")
+    yield from _aligner("codes.aligner.", "model.generation_aligner.", config.code_nets.depth)
+    yield Place("codes.hidden", f"{head}proj_out.weight")
+    yield Place("codes.hidden_bias", f"{head}proj_out.bias")
+    yield Place("codes.head", f"{head}vision_head.weight")
+    yield Place("codes.head_bias", f"{head}vision_head.bias")
 
 
-def _places_of_tower(config: TransformerConfig) -> list[Place]:
-    layers = [
-        Place(f"vision.layers.{ours}{end}", f"{_VISION}encoder.layers.{layer}.{theirs}.{kind}", layer)
-        for layer in range(config.vision.depth)
-        for ours, theirs in _LAYER.items()
-        for end, kind in (("", "weight"), ("_bias", "bias"))
-    ]
-    return [
-        Place("vision.patch", f"{_VISION}embeddings.patch_embedding.weight"),
-        Place("vision.patch_bias", f"{_VISION}embeddings.patch_embedding.bias"),
-        Place("vision.position", f"{_VISION}embeddings.position_embedding.weight"),
-        *layers,
-        Place("vision.norm", f"{_VISION}post_layernorm.weight"),
-        Place("vision.norm_bias", f"{_VISION}post_layernorm.bias"),
-        *_aligner("vision.aligner.", _ALIGNER, config.vision.aligner_depth),
-    ]
+def _places_of_tower(config: TransformerConfig) -> Iterator[Place]:
+    yield Place("vision.patch", f"{_VISION}embeddings.patch_embedding.weight")
+    yield Place("vision.patch_bias", f"{_VISION}embeddings.patch_embedding.bias")
+    yield Place("vision.position", f"{_VISION}embeddings.position_embedding.weight")
+    for layer in range(config.vision.depth):
+        for ours, theirs in _LAYER.items():
+            yield Place(f"vision.layers.{ours}", f"{_VISION}encoder.layers.{layer}.{theirs}.weight", layer)
+            yield Place(f"vision.layers.{ours}_bias", f"{_VISION}encoder.layers.{layer}.{theirs}.bias", layer)
+    yield Place("vision.norm", f"{_VISION}post_layernorm.weight")
+    yield Place("vision.norm_bias", f"{_VISION}post_layernorm.bias")
+    yield from _aligner("vision.aligner.", _ALIGNER, config.vision.aligner_depth)
 
 
-def _aligner(ours: str, theirs: str, depth: int) -> list[Place]:
-    layers = [
-        Place(f"{ours}layers{end}", f"{theirs}hidden_layers.{layer}.{kind}", layer)
-        for layer in range(depth - 1)
-        for end, kind in (("", "weight"), ("_bias", "bias"))
-    ]
-    return [Place(f"{ours}enter", f"{theirs}fc1.weight"), Place(f"{ours}enter_bias", f"{theirs}fc1.bias"), *layers]
+def _aligner(ours: str, theirs: str, depth: int) -> Iterator[Place]:
+    yield Place(f"{ours}enter", f"{theirs}fc1.weight")
+    yield Place(f"{ours}enter_bias", f"{theirs}fc1.bias")
+    for layer in range(depth - 1):
+        yield Place(f"{ours}layers", f"{theirs}hidden_layers.{layer}.weight", layer)
+        yield Place(f"{ours}layers_bias", f"{theirs}hidden_layers.{layer}.bias", layer)
 
 
 def tokenizers(directory: epath.Path) -> dict[str, omni_tokenizers.Tokenizer]:

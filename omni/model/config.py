@@ -68,8 +68,9 @@ class VisionConfig:
     """Linear maps between the tower and the stream."""
 
     def __post_init__(self) -> None:
-        numbers = (self.image_size, self.patch, self.depth, self.dim, self.heads, self.mlp_dim, self.aligner_depth)
-        if min(numbers) < 1 or self.image_size % self.patch or self.dim % self.heads:
+        numbers = (self.image_size, self.patch, self.depth, self.dim, self.heads, self.aligner_depth)
+        wide = math.isfinite(self.mlp_ratio) and self.mlp_dim >= 1
+        if min(numbers) < 1 or not wide or self.image_size % self.patch or self.dim % self.heads:
             raise UsageError(
                 f"{self} is no tower: its numbers must be at least 1, patch must divide image_size, and heads dim"
             )

@@ -4,6 +4,8 @@ All have queries and keys normalised, which early fusion needs: modalities compe
 bfloat16 breaks. The vocabulary is that of Chameleon; `dataclasses.replace` gives another.
 """
 
+import dataclasses
+
 from omni.model.config import TransformerConfig
 
 _VOCABULARY = 65_536
@@ -49,9 +51,11 @@ def parameter_count(config: TransformerConfig) -> int:
 
 
 def active_parameter_count(config: TransformerConfig) -> int:
-    """Parameters that work on one token: of its experts alone, and not the embedding, of which it reads a row."""
-    whole = _count(config, config.experts_per_token if config.experts else 0)
-    return whole - (0 if config.tied_embeddings else config.embedded * config.dim)
+    """Parameters that work on one token: of its experts alone, and neither the tower of pictures nor the embedding and
+    the vectors of codes, of which it reads a row."""
+    whole = _count(dataclasses.replace(config, vision=None), config.experts_per_token if config.experts else 0)
+    vectors = config.code_nets.codes * config.code_nets.width if config.code_nets else 0
+    return whole - vectors - (0 if config.tied_embeddings else config.embedded * config.dim)
 
 
 def _count(config: TransformerConfig, experts: int) -> int:

@@ -63,29 +63,6 @@ def answer(batch: Slots, requests: list, draw: np.random.Generator) -> list[Gene
     return [replies[place] for place in range(len(requests))]
 
 
-class Compilations:
-    """Counts what XLA compiles."""
-
-    def __init__(self):
-        self.count = 0
-
-    def __enter__(self):
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-        return self
-
-    def __exit__(self, *_):
-        jax.monitoring.unregister_event_duration_listener(self._listen)
-
-    def _listen(self, event: str, duration: float, **_) -> None:
-        self.count += event == "/jax/core/compile/backend_compile_duration"
-
-
-@pytest.fixture
-def compilations():
-    with Compilations() as found:
-        yield found
-
-
 def test_arrivals_through_eight_slots_are_answered_as_each_alone(model, grammar, compilations):
     """Two hundred at random times, of every kind: the replies are those of each alone, nothing is compiled after a
     warm-up, and the tokens take less than 2/3 of the steps that batches of eight in the order of arrival take."""

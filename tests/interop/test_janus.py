@@ -21,7 +21,7 @@ from omni.interop import janus
 from omni.interop.family import ADDED_TOKENS
 from omni.layout import SpanLayout
 from omni.model import CodeNetsConfig, Transformer, TransformerConfig, VisionConfig, make_decoder
-from omni.model.presets import parameter_count
+from omni.model.presets import active_parameter_count, parameter_count
 from omni.vocabulary import Vocabulary
 from omni_tokenizers.checkpoints.family import Settings
 
@@ -87,7 +87,8 @@ def test_features_are_declared_by_a_token_and_a_count():
     usual = {"codebooks": ["image"], "open": ["<a>"], "close": ["<b>"], "shapes": [{"columns": 4}]}
     layout = SpanLayout("image", usual | {"features": {"token": "<c>", "count": 2}}, vocabulary)
     assert layout.seen == (0, 2, 2, 1)
-    for features in ({"token": "<c>"}, {"token": "<c>", "count": 0}, {"token": "<d>", "count": 2}):
+    wrong = ({"token": "<c>"}, {"token": "<c>", "count": 0}, {"token": "<d>", "count": 2})
+    for features in (*wrong, {"token": "<c>", "count": 1 << 40}):
         with pytest.raises(omni.OmniError, match=r"grammar|vocabulary"):
             SpanLayout("image", usual | {"features": features}, vocabulary)
 
@@ -233,9 +234,12 @@ def test_on_a_mesh_it_is_the_same_model(directory, monkeypatch):
 
 
 def test_parameters_are_counted(model):
-    """`parameter_count` is the number of parameters that there are."""
-    leaves = jax.tree.leaves(nnx.state(model.transformer, nnx.Param))
-    assert parameter_count(model.config) == sum(leaf.size for leaf in leaves)
+    """`parameter_count` is the number of parameters that there are; those that work on a token are without the tower
+    and tables of which a row is read."""
+    sizes = {path: each.size for path, each in nnx.to_flat_state(nnx.state(model.transformer, nnx.Param))}
+    assert parameter_count(model.config) == sum(sizes.values())
+    idle = (size for path, size in sizes.items() if path[0] in ("vision", "embedding") or path == ("codes", "vectors"))
+    assert active_parameter_count(model.config) == sum(sizes.values()) - sum(idle)
 
 
 # Pictures that are seen
@@ -264,13 +268,27 @@ def test_many_pictures_are_seen_in_batches_of_few_sizes(model):
         np.testing.assert_allclose(together[place], model.processor.see([pictures[place]])[0], atol=2e-5)
 
 
+def test_a_warm_batch_compiles_nothing_for_pictures(model, compilations):
+    """Programs that read features are among those of a warm-up with a prompt that has some."""
+    (request,) = model.prepare([omni.Request([picture()], max_tokens=3)])
+    slots = model.engine.open(2, capacity=64)
+    slots.warm_up([request])
+    before = compilations.count
+    slots.add(request)
+    assert any(each.reply for each in slots.step())
+    assert compilations.count == before
+
+
 def test_features_and_places_must_agree(model, tiny_model):
     """Fewer or more than there are places for are refused, as are pictures by a model that sees none."""
     (request,) = model.prepare([omni.Request([picture()], max_tokens=3)])
-    with pytest.raises(omni.UsageError, match="a prompt has 0 features and 16 places for them"):
+    with pytest.raises(omni.UsageError, match=r"a prompt has places for features \[16, 16\], not \[0, 16\]"):
         model.engine.generate([dataclasses.replace(request, features=None)])
+    for wrong in (request.features[:, :3], request.features[:, 0]):
+        with pytest.raises(omni.UsageError, match=r"places for features \[16, 16\], not \[16"):
+            model.engine.generate([dataclasses.replace(request, features=wrong)])
     with pytest.raises(omni.UsageError, match=r"logits has places for features \[16, 16\], not \[15, 16\]"):
-        model.logits(request.ids[None], request.features[1:])
+        model.logits(request.ids[None], request.features[1:].tolist())
     with pytest.raises(omni.OmniError, match="no features of pictures: it reads their codes"):
         tiny_model.processor.see([picture()])
 
@@ -334,6 +352,11 @@ def part(name: str, **changes) -> dict:
         (part("vision_config", patch_size=3), "patch must divide image_size"),
         (part("vision_config", num_attention_heads=5), "heads dim"),
         (part("vision_config", layer_norm_eps=0.0), "norm_epsilon"),
+        (part("vision_config", mlp_ratio=float("inf")), "mlp_ratio=inf.* is no tower"),
+        (part("vision_config", mlp_ratio=float("nan")), "mlp_ratio=nan.* is no tower"),
+        (part("vision_config", num_hidden_layers=10**12), "encoder.layers.*is missing"),
+        (part("vision_config", depth=10**12), "aligner.hidden_layers.*is missing"),
+        (part("vq_config", num_hidden_layers=10**12), "generation_aligner.hidden_layers.*is missing"),
         (part("vq_config", num_hidden_layers=0), "no net of codes"),
         (part("vq_config", num_hidden_layers=3), "generation_aligner.hidden_layers.1.bias' is missing"),
         (part("vision_config", num_hidden_layers=1), "layers.1.layer_norm1.bias"),
