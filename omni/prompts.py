@@ -183,6 +183,7 @@ class Prompts:
         guidance: Float[np.ndarray, " modalities"],
     ) -> tuple[Shadow, ...]:
         """Those that weigh something where the reply may be; no other is written, as a template may refuse it."""
+        padded = self.grammar.unconditional == "padded"
         media_guidance = self._setting(request, "media_guidance", guidance)
         if want is not None:
             reached = np.isin(np.arange(len(guidance)), [0, *want])
@@ -191,13 +192,17 @@ class Prompts:
         empty = [Turn("user" if self._is_chat(turns) else None, (), ())]
 
         def nothing() -> Int[np.ndarray, " tokens"]:
-            return self.grammar.padded(ids) if self.grammar.unconditional == "padded" else self._shadow_ids(empty)
+            return self.grammar.padded(ids) if padded else self._shadow_ids(empty)
 
         if np.array_equal(guidance, media_guidance) or not any(turn.spans for turn in without_text):
-            return () if (guidance == 1).all() else unconditional_shadow(nothing(), guidance)
-        unweighed = ids[:0] if (media_guidance == 1).all() else nothing()
-        shadows = guidance_shadows(ids, self._shadow_ids(without_text), unweighed, guidance, media_guidance)
-        return tuple(dataclasses.replace(each, features=_features(turns, self.grammar, each.ids)) for each in shadows)
+            shadows = () if (guidance == 1).all() else unconditional_shadow(nothing(), guidance)
+        else:
+            unweighed = ids[:0] if (media_guidance == 1).all() else nothing()
+            shadows = guidance_shadows(ids, self._shadow_ids(without_text), unweighed, guidance, media_guidance)
+        return tuple(
+            dataclasses.replace(each, features=_features(turns, self.grammar, each.ids), is_chat=padded)
+            for each in shadows
+        )
 
     def _shadow_ids(self, turns: Sequence[Turn]) -> Int[np.ndarray, " tokens"]:
         try:

@@ -26,10 +26,10 @@ class Prompt:
     """What stands where ids are negative; None where none is."""
 
     @classmethod
-    def of(cls, grammar: Grammar, prompt: PreparedRequest | Shadow, is_document: bool) -> Prompt:
+    def of(cls, grammar: Grammar, prompt: PreparedRequest | Shadow, is_chat: bool) -> Prompt:
         """The prompt of a request or a shadow; `GrammarError` where it has none of the grammar."""
         ids = np.array(prompt.ids, np.int32)
-        states = grammar.annotate(ids) if is_document else grammar.annotate_chat(ids)
+        states = grammar.annotate_chat(ids) if is_chat else grammar.annotate(ids)
         positions, features = grammar.positions(states, np.arange(len(ids))), None
         if len(places := grammar.feature_places(ids)):
             features = np.zeros((len(ids), prompt.features.shape[1]), np.float32)

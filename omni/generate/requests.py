@@ -27,11 +27,13 @@ class Shadow:
       ids: the prompt, such as `bos, turn`.
       weight: share of these logits for each modality; the request's own weigh 1 - the sum over its shadows.
       features: as of `PreparedRequest`.
+      is_chat: whether the prompt, such as one of padding, is no document though the request's is.
     """
 
     ids: Int[np.ndarray, " tokens"]
     weight: Float[np.ndarray, " modalities"]
     features: Float[np.ndarray, "features dim"] | None = None
+    is_chat: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +59,7 @@ class PreparedRequest:
         it keeps must parse, and whether more ids follow may change nothing.
       features: what stands in the stream at those places of the prompt that the grammar keeps for features
         (`Grammar.feature_places`), in their order; None where there are no such places.
-      is_chat: whether the prompt is a template's (`Grammar.annotate_chat`), as prompts of shadows may always be.
+      is_chat: whether the prompt, and those of its shadows, are a template's (`Grammar.annotate_chat`).
     """
 
     ids: Int[np.ndarray, " tokens"]

@@ -165,8 +165,8 @@ class Slots:
                 f"guidance of this request takes {len(shadows)} more rows, the batch has {self._rows - self.size} for "
                 "it; open it with more shadows"
             )
-        prompts = [Prompt.of(grammar, request, not request.is_chat)]
-        prompts += [Prompt.of(grammar, shadow, False) for shadow in shadows]  # it may be padding, which no document is
+        prompts = [Prompt.of(grammar, request, request.is_chat)]
+        prompts += [Prompt.of(grammar, shadow, request.is_chat or shadow.is_chat) for shadow in shadows]
         self._waiting.append(_Occupant(self._added, request, prompts))
         self._added += 1
         return self._added - 1

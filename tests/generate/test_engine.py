@@ -230,6 +230,18 @@ def test_a_batch_takes_the_steps_of_its_longest_in_one_program(model, grammar):
     assert read > 16  # all but the one that two requests have as their shadow
 
 
+def test_a_begun_part_goes_on_under_guidance(model, grammar):
+    """A prompt and its shadow may end inside of a picture, as a reply that was cut off does: the rest is as it was."""
+    ids, nothing, weights = prompt(grammar, 3, "text"), prompt(grammar, 0), np.array([1, 3, 1], np.float32)
+    engine, settings = Engine(make_decoder(model), grammar), {"temperature": 0.0}
+    whole = request(grammar, ids, want=(IMAGE,), shadows=unconditional_shadow(nothing, weights), **settings)
+    reply = engine.generate([whole])[0].ids
+    begun, rest = reply[:3], reply[3:-1]
+    shadows = unconditional_shadow(np.concatenate([nothing, begun]), weights)
+    more = request(grammar, np.concatenate([ids, begun]), max_tokens=len(rest), shadows=shadows, **settings)
+    np.testing.assert_array_equal(engine.generate([more])[0].ids, rest)
+
+
 def test_what_ends_the_last_reply_is_not_read(model, grammar, monkeypatch):
     """The transformer reads one token less than a batch emits, of however many requests; none for replies of one."""
     turns = []
