@@ -28,7 +28,7 @@ from omni.grammar import Grammar, Tokens
 from omni.hub import located
 from omni.interop import export_checkpoint, is_public, load_checkpoint
 from omni.likelihood import document_losses
-from omni.model import Transformer, decoder_on, make_decoder
+from omni.model import Transformer, VisionConfig, decoder_on, make_decoder
 from omni.model.files import DESCRIPTION, load_transformer, save_transformer
 from omni.model.quantized import check_dtype
 from omni.parts import Part
@@ -82,6 +82,8 @@ class Model:
         self.transformer, self.vocabulary, self.grammar = transformer, vocabulary, grammar
         see = functools.partial(_see, transformer) if transformer.config.vision else None
         self.processor = Processor(vocabulary, grammar, tokenizers, see)
+        if transformer.config.vision:
+            _check_seen(transformer.config.vision, self.processor)
         self.context_length, self.mesh = context_length, mesh
         self.weights_dtype, self.cache_dtype = weights_dtype, cache_dtype
         self.generation, self.chat_template = dict(generation or {}), chat_template
@@ -302,6 +304,19 @@ def _see(
         seen = _features(transformer, np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0))))
         found.append(np.asarray(seen[: len(batch)], np.float32))
     return np.concatenate(found)
+
+
+def _check_seen(vision: VisionConfig, processor: Processor) -> None:
+    """Raises `OmniError` where the grammar's features are not of pictures that the tower sees."""
+    layout, scaling = processor.grammar.layouts.get("image"), processor.image_processor
+    if not layout or not layout.seen:
+        return
+    side, count = scaling.side if scaling else 0, layout.seen.count(layout.feature)
+    if (side, count) != (vision.image_size, vision.tokens):
+        raise OmniError(
+            f"grammar: images have {count} features and a preprocessing to {side} pixels a side; the tower makes "
+            f"{vision.tokens} of {vision.image_size}"
+        )
 
 
 @nnx.jit

@@ -47,7 +47,7 @@ class Processor:
         self.image_processor = (
             None if declared is None else ImageProcessor.from_json(declared, "grammar: preprocessing")
         )
-        self._see = see if self.image_processor and layout.seen else None
+        self._see = see if layout and layout.seen else None
 
     def tokenizer(self, modality: str):
         """The tokenizer of a modality; `OmniError` if the model came without it."""
@@ -145,10 +145,6 @@ class Processor:
                 size = tokenizer.config.image_size
                 return part.resample(rate).resize_crop(size, size)
         return part
-
-    def prompt(self, parts: Sequence[Part]) -> Int[np.ndarray, " tokens"]:
-        """`bos, parts, turn`: ids that the model reads before it answers."""
-        return self.grammar.prompt(self.spans([given(parts)])[0])
 
     def see(self, parts: Sequence[Image]) -> Float[np.ndarray, "pictures features dim"]:
         """Features of pictures, float32; `OmniError` of a model that sees none."""

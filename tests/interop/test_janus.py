@@ -279,6 +279,26 @@ def test_a_warm_batch_compiles_nothing_for_pictures(model, compilations):
     assert compilations.count == before
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"preprocessing": None},
+        {"preprocessing": {"size": {"height": 10, "width": 10}}},
+        {"features": {"token": janus.PLACEHOLDER, "count": 4}},
+        {"features": {"token": janus.END, "count": 16}},
+    ],
+)
+def test_the_grammar_has_pictures_that_the_tower_sees(model, change):
+    """A grammar.json with features of pictures of another size, or of another number, is refused with the model."""
+    declaration = json.loads(json.dumps(model.grammar.to_json()))
+    image = declaration["modalities"]["image"]
+    for key, value in change.items():
+        image[key] = value and image[key] | value
+    with pytest.raises(omni.OmniError, match=r"grammar: images have .* the tower makes 16 of 8"):
+        grammar = Grammar(declaration, model.vocabulary)
+        omni.Model(model.transformer, model.vocabulary, grammar, model.tokenizers, context_length=64)
+
+
 def test_features_and_places_must_agree(model, tiny_model):
     """Fewer or more than there are places for are refused, as are pictures by a model that sees none."""
     (request,) = model.prepare([omni.Request([picture()], max_tokens=3)])
