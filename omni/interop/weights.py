@@ -59,8 +59,8 @@ def places_in(tensors: NamedTensors, config: TransformerConfig, family: Family) 
     if embedding in tensors and tensors.shape(embedding)[:1] != (config.embedded,):
         rows = f"the shape {list(tensors.shape(embedding))}, config.json needs {config.embedded} rows"
         raise OmniError(f"{tensors.source}: tensor {embedding!r} has {rows}")
-    most = sum(1 for _ in tensors)  # of more places one is without a tensor, however many a config.json may ask for
-    places = list(itertools.islice(family.places(config, prefix), most + 1))
+    most = 2 * sum(1 for _ in tensors)  # with so many places some lack a tensor, however many a config.json asks for
+    places = list(itertools.islice(family.places(config, prefix), most))
     wanted = {place.theirs for place in places}
     known = [name for name in tensors if not name.startswith(family.others) and not name.endswith(_CONSTANTS)]
     tied = {name for name in known if config.tied_embeddings and name.endswith("lm_head.weight")} - wanted

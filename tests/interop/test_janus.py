@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from chat_templates import write_janus
 from flax import nnx
+from host_devices import host_devices
 from public_models import golden
 
 import omni
@@ -225,11 +226,11 @@ with jax.default_matmul_precision("highest"):
 """
 
 
-def test_on_a_mesh_it_is_the_same_model(directory, monkeypatch):
+def test_on_a_mesh_it_is_the_same_model(directory):
     """Four devices hold a quarter of the tower and of the head of codes; logits, features, drawn codes, losses and
     gradients are those of one."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-    done = subprocess.run([sys.executable, "-c", MESH, str(directory)], capture_output=True, text=True, timeout=600)
+    command, environment = [sys.executable, "-c", MESH, str(directory)], host_devices(4)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
