@@ -18,12 +18,14 @@ from etils import epath
 from jaxtyping import Array, Bool, Float, Int
 
 from omni.generate.sampling import sample
+from omni.model.norms import layer_norm
 from omni.parts import Audio
 from omni_tokenizers.base import NetTokenizer
 from omni_tokenizers.errors import OmniError, UsageError
 
 Layer = dict[str, Array]
 Cache = list[tuple[Array, Array]]
+_EPSILON = 1e-5  # of norms
 _HIDDEN = -1e30  # a score that no softmax shows; where all are so low, all count the same
 
 
@@ -294,7 +296,7 @@ def step(
     for layer, own, given in zip(decoder.layers, cache, source, strict=True):
         x, own = block(decoder.config, layer, x, start, own, seen, given, mask)
         after.append(own)
-    x = layer_norm(x, decoder.norm, decoder.norm_bias)
+    x = layer_norm(x, decoder.norm, decoder.norm_bias, _EPSILON)
     return jnp.einsum("bld,kdv->bklv", x, decoder.heads), after
 
 
@@ -310,17 +312,17 @@ def block(
 ) -> tuple[Float[Array, "batch length dim"], tuple[Array, Array]]:
     """Attention to what came before, attention to the given states, and two layers with GELU between them; each after a
     norm, and added to the stream."""
-    h = layer_norm(x, weights["norm"], weights["norm_bias"])
+    h = layer_norm(x, weights["norm"], weights["norm_bias"], _EPSILON)
     query, key, value = (_split(h @ weights[name], config.heads) for name in ("query", "key", "value"))
     cache = tuple(
         jax.lax.dynamic_update_slice_in_dim(stored, new, start, axis=2)
         for stored, new in zip(cache, (key, value), strict=True)
     )
     x = x + attend(query, *cache, seen[None, None]) @ weights["output"]
-    h = layer_norm(x, weights["source_norm"], weights["source_norm_bias"])
+    h = layer_norm(x, weights["source_norm"], weights["source_norm_bias"], _EPSILON)
     query = _split(h @ weights["source_query"], config.heads)
     x = x + attend(query, *source, mask[:, None, None]) @ weights["source_output"]
-    h = layer_norm(x, weights["mlp_norm"], weights["mlp_norm_bias"])
+    h = layer_norm(x, weights["mlp_norm"], weights["mlp_norm_bias"], _EPSILON)
     return x + jax.nn.gelu(h @ weights["up"], approximate=False) @ weights["down"], cache
 
 
@@ -338,12 +340,6 @@ def attend(
 
 def _split(x: Float[Array, "batch length dim"], heads: int) -> Float[Array, "batch heads length head_dim"]:
     return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
-
-
-def layer_norm(x: Float[Array, "*batch dim"], scale: Array, bias: Array) -> Float[Array, "*batch dim"]:
-    """LayerNorm (Ba et al. 2016, arXiv:1607.06450), epsilon 1e-5."""
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + 1e-5) * scale + bias
 
 
 def sinusoids(places: Int[Array, " length"], dim: int) -> Float[Array, "length dim"]:

@@ -16,9 +16,10 @@ from omni.model import experts
 from omni.model.attention import HEAD, Cache, Heads, KeyValueHeads, Stored, attend_slots, write_cache
 from omni.model.code_nets import CodeHead
 from omni.model.config import TransformerConfig
+from omni.model.norms import rms_norm
 from omni.model.positions import rotation
 from omni.model.quantized import Held, dequantized, quantized
-from omni.model.transformer import Stream, Transformer, block, embed, project, rms_norm, with_features
+from omni.model.transformer import Stream, Transformer, block, embed, project, with_features
 from omni.sharding import ShardingRules, constrain, named_sharding
 
 CACHE_AXES = ("batch", "key_value_heads", None, "head_dim")

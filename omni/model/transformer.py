@@ -17,6 +17,7 @@ from omni.model import experts
 from omni.model.attention import Heads, KeyValueHeads, attend
 from omni.model.code_nets import CodeHead, CodeNets
 from omni.model.config import TransformerConfig
+from omni.model.norms import layer_norm, rms_norm
 from omni.model.positions import Rotation, rotate, rotation
 from omni.model.vision import Vision
 from omni.sharding import constrain
@@ -321,18 +322,7 @@ def head_norm(config: TransformerConfig, x: Heads, weights: Weights, name: str) 
         return x
     if config.qk_norm == "rms":
         return rms_norm(x, weights[name], config.norm_epsilon)
-    centred = x.astype(jnp.float32)
-    centred -= jnp.mean(centred, axis=-1, keepdims=True)
-    return (rms_norm(centred, weights[name], config.norm_epsilon) + weights[name + "_bias"]).astype(x.dtype)
-
-
-def rms_norm(
-    x: Float[Array, "*batch dim"], scale: Float[Array, "*own dim"], epsilon: float
-) -> Float[Array, "*batch dim"]:
-    """Root-mean-square norm over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467), computed in float32."""
-    wide = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(mean_square + epsilon) * scale).astype(x.dtype)
+    return layer_norm(x, weights[name], weights[name + "_bias"], config.norm_epsilon)
 
 
 def dropout(x: Stream, rate: float, key: PRNGKeyArray | None) -> Stream:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from omni.model.aligner import Aligner, affine, gelu, random_matrix, zeros
 from omni.model.config import TransformerConfig, VisionConfig
+from omni.model.norms import layer_norm
 
 Tokens = Float[Array, "batch tokens width"]
 
@@ -85,11 +86,3 @@ class VisionLayers(nnx.Module):
 def ones(axes: tuple[str | None, ...], *shape: int) -> nnx.Param:
     """A norm's scale or a stack of such."""
     return nnx.Param(jnp.ones(shape), axes=axes)
-
-
-def layer_norm(x: Tokens, scale: Float[Array, " width"], bias: Float[Array, " width"], epsilon: float) -> Tokens:
-    """Ba et al. 2016 (arXiv:1607.06450), computed in float32."""
-    wide = x.astype(jnp.float32)
-    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + epsilon) * scale + bias).astype(x.dtype)
