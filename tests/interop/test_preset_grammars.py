@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from flax import nnx
-from published_presets import anygpt_preset, chameleon_preset, emu3_5_preset, emu3_preset
+from published_presets import anygpt_preset, chameleon_preset, emu3_5_preset, emu3_preset, janus_preset
 
 from omni.generate import Engine, Generated, PreparedRequest
 from omni.grammar import Grammar, Span
-from omni.interop import anygpt, chameleon, emu3, emu3_5
+from omni.interop import anygpt, chameleon, emu3, emu3_5, janus
 from omni.interop.family import Preset
 from omni.model import Transformer, TransformerConfig, make_decoder
 from omni.vocabulary import Vocabulary
@@ -42,6 +42,7 @@ def small_grammars() -> dict[str, Grammar]:
     vocabulary, sparse = small_vocabulary(64), small_vocabulary(chameleon.LUMINA_SIZE + 8)
     newer = small_vocabulary(64, (*emu3_5.ROLES.values(), *emu3_5.NAMES.values()))
     spans = [token for name in anygpt.LETTERS for token in (anygpt.opening(name), anygpt.closing(name))]
+    seeing = small_vocabulary(64, (*CONTROL, janus.BEGIN, janus.END, janus.PLACEHOLDER))
     many = small_vocabulary(128, (*CONTROL, *spans), ("image", "speech", *(f"audio {level}" for level in range(4))))
     return {
         "chameleon": Grammar(chameleon.grammar({"rows": 8, "columns": 8}), vocabulary),
@@ -49,6 +50,7 @@ def small_grammars() -> dict[str, Grammar]:
         "emu3": Grammar(emu3.grammar(emu3_shapes(vocabulary)), vocabulary),
         "emu3.5": Grammar(emu3_5.grammar(emu3_shapes(newer)), newer),
         "anygpt": Grammar(anygpt.grammar(picture=6, room=12), many),
+        "janus": Grammar(janus.grammar(8, features={"token": janus.PLACEHOLDER, "count": 3}), seeing),
     }
 
 
@@ -149,6 +151,7 @@ PUBLISHED = {
     "emu3": smaller_emu3_preset,
     "emu3.5": smaller_emu3_5_preset,
     "anygpt": anygpt_preset,
+    "janus": janus_preset,
 }
 
 
