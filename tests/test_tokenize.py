@@ -56,8 +56,8 @@ def digests(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def launch(folder, output, *settings: str, devices: int = 1, log=None, job=None) -> subprocess.Popen:
-    environment = host_devices(devices) | (job or {})
+def launch(folder, output, *settings: str, devices: int = 1, log=None, variables=None) -> subprocess.Popen:
+    environment = host_devices(devices) | (variables or {})
     with Path(log or f"{output}.log").open("a") as log:
         command = [sys.executable, str(WORKER), str(folder), str(output), *settings]
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -176,7 +176,7 @@ def test_into_a_bucket(folder, whole, tmp_path):
         return set(storage.objects.get(BUCKET, {}))
 
     with loopback_bucket(faults) as (environment, storage):
-        settings = {"log": log, "environment": environment | {"OMNI_CACHE": str(tmp_path / "cache")}}
+        settings = {"log": log, "variables": environment | {"OMNI_CACHE": str(tmp_path / "cache")}}
         killed = launch(folder, output, "processes=2", "process=0", "pause=0.1", **settings)
         while not any(name.endswith("00.json") for name in names()):
             assert killed.poll() is None, log.read_text()[-2000:]
@@ -217,7 +217,7 @@ def test_processes_that_jax_finds_part_at_once(folder, whole, tmp_path):
         launch(
             *(folder, output, "distributed=True", "pause=0.1"),
             log=tmp_path / str(task),
-            job=job | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
+            variables=job | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
         )
         for task in range(2)
     )
