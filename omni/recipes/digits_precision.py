@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import omni
 from omni.exits import exits
+from omni.generate.prompt import shared
 from omni.grammar import Tokens
 from omni.model import Decoder, apply_decoder, init_cache
 from omni.parts import Audio, Image, Text
@@ -120,13 +121,6 @@ def read(decoder: Decoder, model: omni.Model, documents: Sequence[Tokens]) -> tu
             losses.append(nats[row, : len(document.ids) - 1])
             likeliest.append(best[row, : len(document.ids) - 1])
     return np.concatenate(losses), np.concatenate(likeliest)
-
-
-def shared(own: np.ndarray, others: np.ndarray) -> int:
-    """Tokens before two replies differ."""
-    length = min(len(own), len(others))
-    differs = np.asarray(own[:length]) != np.asarray(others[:length])
-    return int(np.argmax(differs)) if differs.any() else length
 
 
 def main() -> None:
