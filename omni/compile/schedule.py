@@ -138,8 +138,10 @@ class Program:
         send = computation.instructions[place]
         meeting = re.search(r'_xla_host_transfer_rendezvous="[^"]*"', send.text).group()
         receive = next(each for each in computation.instructions if each.opcode == "recv" and meeting in each.text)
-        kind = re.search(rf'{_BETWEEN_SLICES}="(\w+)"', send.text).group(1).lower().replace("_", "-")
-        members = len(re.search(r'_xla_megascale_target="\{([\d,]+)\}', send.text).group(1).split(","))
+        named = re.search(rf'{_BETWEEN_SLICES}="(\w+)"', send.text).group(1).lower().replace("_", "-")
+        kind = "collective-permute" if named == "one-to-one" else named
+        # Who exchanges is written as "{1,2}x{0:3}" (slices x devices), {{100000,200000},...} or {{100000->200000},...}.
+        members = len(re.split(",|->", re.search(r'_xla_megascale_target="?\{+([\d,>-]+)\}', send.text).group(1)))
         apart = self.devices // members  # slices are the first axis of a mesh
         size = max(_bytes(_SHAPE.search(each.shape)) for each in (send, receive))
         later = computation.instructions[place + 1 :]

@@ -209,21 +209,28 @@ ENTRY %main (x: f32[8,128]) -> f32[8,128] {
 
 
 @pytest.mark.parametrize(
-    ("kind", "result", "slices", "share"),
-    [("ALL_REDUCE", "f32[8,128]", 2, 1), ("ALL_REDUCE", "f32[8,128]", 4, 1.5), ("ALL_GATHER", "f32[32,128]", 4, 3)],
+    ("kind", "named", "target", "result", "slices", "share"),
+    [
+        ("all-reduce", "ALL_REDUCE", '"{1,2}x{0:3}"', "f32[8,128]", 2, 1),
+        ("all-reduce", "ALL_REDUCE", '"{1,2,3,4}x{0:3}"', "f32[8,128]", 4, 1.5),
+        ("all-gather", "ALL_GATHER", '"{1,2,3,4}x{0:3}"', "f32[32,128]", 4, 3),
+        ("reduce-scatter", "REDUCE_SCATTER", '"{1,2}x{0:3}"', "f32[4,128]", 2, 0.5),
+        ("all-to-all", "ALL_TO_ALL", "{{100000,200000},{100001,200001}}", "f32[8,128]", 2, 0.5),
+        ("collective-permute", "ONE_TO_ONE", "{{100000->200000},{200000->100000}}", "f32[8,128]", 2, 1),
+    ],
 )
-def test_what_hosts_exchange(kind, result, slices, share):
-    """Between slices hosts send, for each device to its counterparts, so many times what it hands over; it is hidden
-    where computation stands before what comes back is awaited."""
+def test_what_hosts_exchange(kind, named, target, result, slices, share):
+    """Between slices hosts send, for each device to its counterparts, so many times what it hands over, in all of
+    libtpu's notations; it is hidden where computation stands before what comes back is awaited."""
     attributes = (
-        f'frontend_attributes={{_xla_host_transfer_rendezvous="a_0",_xla_megascale_target="'
-        f'{{{",".join(map(str, range(1, slices + 1)))}}}x{{0:3}}",_xla_megascale_transfer_type="{kind}"}}'
+        f'frontend_attributes={{_xla_host_transfer_rendezvous="a_0",_xla_megascale_target={target},'
+        f'_xla_megascale_transfer_type="{named}"}}'
     )
     text = BETWEEN_SLICES.replace("ATTRIBUTES", attributes).replace("RESULT", result)
     (found,) = Program(
         text.replace("fusion(%x), kind=kLoop, calls=%beside_it", "add(%x, %x)"), 4 * slices
     ).collectives()
-    assert (found.kind, found.bytes) == (kind.lower().replace("_", "-"), share * 8 * 128 * 4) and not found.hidden
+    assert (found.kind, found.bytes) == (kind, share * 8 * 128 * 4) and not found.hidden
     assert found.groups == [[first + 4 * each for each in range(slices)] for first in range(4)]
     assert between_slices(found.groups[0], [each for each in range(slices) for _ in range(4)]) == 1
     (found,) = Program(
